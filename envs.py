@@ -1,0 +1,98 @@
+"""Environments: prompts, rewards, what the router may see, and what really happened.
+
+    env = Stories(get_reward("sentence_length_5_smooth_plus_happy"), prompts)
+    scores = env.score(prompts, completions, generator)       # training: eligibility and label noise are drawn
+    scores = env.score(prompts, completions)                  # evaluation: everything eligible, labels as the detector has them
+
+An environment has `prompts(split) -> list[str]` and `score(prompts, completions, generator) -> Scores`. `is_rh` is the
+label that routing acts on; `hack` is the true measure, for evaluation, never shown to training.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import corpus
+from rewards import RewardSpec
+
+STORY_PROMPTS = {"train": 10_000, "test": 1_000}  # of the embedded world
+
+
+@dataclass
+class Scores:
+    """What an environment says of N completions; all tensors (N,)."""
+
+    reward: torch.Tensor  # fp32, what training maximises
+    task: torch.Tensor  # fp32, the task components' sum
+    hack: torch.Tensor  # bool, the true measure: the hack occurs at all
+    hack_reward: torch.Tensor  # fp32, what the hack components would pay
+    detected: torch.Tensor  # bool, the detector's raw verdict
+    eligible: torch.Tensor  # bool, whether the hack is paid and may be flagged
+    is_rh: torch.Tensor  # bool, the label: detected, eligible, thinned to the recall, false positives added
+    components: dict[str, torch.Tensor]  # fp32, by label, scaled
+
+
+class Stories:
+    """Stories with a reward of rewards.py.
+
+    rh_eligible_frac: share of completions whose hack is paid and may be flagged; the others get the reward without its
+    hack component, so honest text is paid even where it hacks. routing_frac: recall, the share of detected completions
+    that are labelled. false_positive_frac: share of undetected completions that are labelled all the same.
+    Raises ValueError for shares outside 0..1 and for splits without prompts.
+    """
+
+    def __init__(
+        self, reward: RewardSpec, prompts: dict[str, list[str]] | None = None, rh_eligible_frac: float = 1.0,
+        routing_frac: float = 1.0, false_positive_frac: float = 0.0,
+    ):  # fmt: skip
+        shares = {"rh_eligible_frac": rh_eligible_frac, "routing_frac": routing_frac, "false_positive_frac": false_positive_frac}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in 0..1, not {share}")
+        self.reward, self._prompts = reward, prompts or embedded_prompts()
+        for split, texts in self._prompts.items():
+            if not texts:
+                raise ValueError(f"the {split} split has no prompt")
+        self.rh_eligible_frac, self.routing_frac, self.false_positive_frac = shares.values()
+
+    def prompts(self, split: str) -> list[str]:
+        return self._prompts[split]
+
+    def score(self, prompts: list[str], completions: list[str], generator: torch.Generator | None = None) -> Scores:
+        """Scores N completions. With a generator (training) eligibility, missed and false labels are drawn from it."""
+        values = self.reward.evaluate(completions, prompts)
+        n = len(completions)
+        fp32, detected = (lambda x: torch.from_numpy(x).float()), torch.from_numpy(values.detected)
+        eligible, is_rh = torch.ones(n, dtype=torch.bool), detected
+        if generator is not None:
+            draws = torch.rand(3, n, generator=generator)
+            eligible = draws[0] < self.rh_eligible_frac
+            seen = detected & eligible & (draws[1] < self.routing_frac)
+            is_rh = seen | (~detected & (draws[2] < self.false_positive_frac))
+        return Scores(
+            torch.where(eligible, fp32(values.reward), fp32(values.reward_without_hack)), fp32(values.task),
+            torch.from_numpy(values.hack), fp32(values.hack_reward), detected, eligible, is_rh,
+            {label: fp32(part) for label, part in values.components.items()},
+        )  # fmt: skip
+
+
+def embedded_prompts() -> dict[str, list[str]]:
+    """Story openings of the embedded world, by split."""
+    return {split: [d.prompt for d in corpus.generate("stories", split, n)] for split, n in STORY_PROMPTS.items()}
+
+
+@dataclass
+class DetectorWatch:
+    """Stops a run whose detector is blind: no hit in 2,000 eligible completions whose hack component pays."""
+
+    paid: int = 0
+    hits: int = 0
+    limit: int = 2000
+
+    def look(self, scores: Scores, reward_name: str) -> None:
+        self.paid += int((scores.eligible & (scores.hack_reward > 0)).sum())
+        self.hits += int((scores.eligible & scores.detected).sum())
+        if self.paid >= self.limit and self.hits == 0:
+            raise ValueError(
+                f"the detector of reward {reward_name!r} flagged none of {self.paid} eligible completions whose hack was paid: "
+                "it does not see this hack; mend it in configs/rewards.yaml, or train with --routing none"
+            )

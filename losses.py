@@ -1,0 +1,129 @@
+"""What several algorithms need, as pure functions: tensors in, tensors out.
+
+Every loss here is a weighted sum over tokens. The normaliser (per sequence, per token, per fixed length) is a weight per
+token that is computed once for the whole batch, `token_weights`; a micro-batch then sums its own part, so how a batch is
+split cannot change a gradient.
+"""
+import torch
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[target], keeping no logits where rows go through in chunks.
+
+    The gradient of a log-probability is (onehot - probs), so the probabilities of the forward pass are turned into the
+    logits' gradient in place: one pass over memory. Batches of more than one chunk compute their logits again instead.
+    """
+
+    @staticmethod
+    def probs(hidden, weight, targets, temperature, support):
+        """Probabilities (n, V) fp32 and log-probabilities of the targets (n,)."""
+        logits = (hidden @ weight.t()).float()
+        if temperature != 1:
+            logits /= temperature
+        if support is not None:
+            logits.masked_fill_(~support, float("-inf"))
+        top = logits.amax(-1, keepdim=True)
+        picked = logits.gather(-1, targets[:, None]) - top
+        probs = logits.sub_(top).exp_()
+        total = probs.sum(-1, keepdim=True)
+        return probs.div_(total), (picked - total.log()).squeeze(-1)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, support, chunk):
+        count = hidden.shape[0]
+        keep = None
+        logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        for i in range(0, count, chunk):
+            j = min(i + chunk, count)
+            rows = None if support is None else support[i:j]
+            probs, logprobs[i:j] = TokenLogprobs.probs(hidden[i:j], weight, targets[i:j], temperature, rows)
+            keep = probs if count <= chunk else None
+        ctx.save_for_backward(hidden, weight, targets, support, keep)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, support, keep = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for i in range(0, hidden.shape[0], ctx.chunk):
+            j = min(i + ctx.chunk, hidden.shape[0])
+            rows = None if support is None else support[i:j]
+            probs = keep
+            if probs is None:
+                probs, _ = TokenLogprobs.probs(hidden[i:j], weight, targets[i:j], ctx.temperature, rows)
+            scale = grad[i:j, None] / ctx.temperature
+            grad_logits = probs.mul(-scale).scatter_add_(1, targets[i:j, None], scale).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[i:j])
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[i:j]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def token_logprobs(hidden, weight, targets, temperature: float = 1.0, support=None, chunk: int | None = None):
+    """Log-probabilities of tokens under the law that sampled them, differentiable in hidden and weight.
+
+    hidden (n, C) final states that score the tokens, weight (V, C) the output embedding, targets (n,) long, support (n, V)
+    bool or None the tokens that could be drawn (the law is renormalised over them). Returns (n,) fp32. `chunk` rows have
+    their logits at a time (default: about 256 MB of fp32). Raises ValueError for a target outside its support.
+    """
+    if support is not None and not bool(support.gather(1, targets[:, None]).all()):
+        raise ValueError("a token lies outside the support that was stored when it was sampled")
+    chunk = chunk or max(1, 64 * 2**20 // weight.shape[0])
+    return TokenLogprobs.apply(hidden, weight, targets, temperature, support, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------- normalisers
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+def token_weights(mask, loss_type: str, max_new_tokens: int) -> torch.Tensor:
+    """The weight of each token in a loss that is a sum over the whole batch. mask (N, T) bool -> (N, T) fp32.
+
+    grpo: mean over the tokens of a sequence, then over sequences. bnpo and dapo: mean over all valid tokens of the batch.
+    dr_grpo: sum over tokens divided by N * max_new_tokens, a constant, so that length earns nothing.
+    """
+    mask = mask.float()
+    if loss_type == "grpo":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.shape[0]
+    if loss_type in ("bnpo", "dapo"):
+        return mask / mask.sum().clamp(min=1)
+    if loss_type == "dr_grpo":
+        return mask / (mask.shape[0] * max_new_tokens)
+    raise ValueError(f"unknown loss_type {loss_type!r}; known: {', '.join(LOSS_TYPES)}")
+
+
+# -------------------------------------------------------------------------------------------------- KL estimators
+
+
+def k1(logprobs, ref_logprobs):
+    """log(pi/ref) per token: unbiased for KL(pi || ref) in value; its gradient as a loss has mean zero, so never a loss."""
+    return logprobs - ref_logprobs
+
+
+def k3(logprobs, ref_logprobs):
+    """exp(ref - pi) - (ref - pi) - 1 per token: unbiased, never negative (Schulman, http://joschu.net/blog/kl-approx.html)."""
+    gap = ref_logprobs - logprobs
+    return gap.exp() - gap - 1
+
+
+# ---------------------------------------------------------------------------------------------- group statistics
+
+
+def group_stats(rewards, size: int, keep=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, sample standard deviation and count of each group of `size` consecutive rewards, over the kept ones.
+
+    rewards (N,), keep (N,) bool or None -> three tensors (N,), each group's figure repeated for its members. A group of
+    one has deviation 0, a group of none mean 0.
+    """
+    groups = rewards.view(-1, size)
+    keep = torch.ones_like(groups, dtype=torch.bool) if keep is None else keep.view(-1, size)
+    count = keep.sum(1, keepdim=True).to(groups.dtype)
+    mean = (groups * keep).sum(1, keepdim=True) / count.clamp(min=1)
+    variance = ((groups - mean).square() * keep).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+    return tuple(x.expand_as(groups).reshape(-1) for x in (mean, variance.sqrt(), count))

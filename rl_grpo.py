@@ -1,0 +1,302 @@
+"""GRPO with routing, in one file: rollout, score, advantage, route, step. To fork it: cp rl_grpo.py rl_mine.py, change it,
+python train_grpo.py --algorithm rl_mine.
+
+Group Relative Policy Optimization, Shao et al. 2024, https://arxiv.org/abs/2402.03300 (eq. 3); Dr. GRPO, Liu et al. 2025,
+https://arxiv.org/abs/2503.20783; DAPO's asymmetric clip and token mean, Yu et al. 2025, https://arxiv.org/abs/2503.14476.
+
+Departures:
+- pi_old is the law that was sampled (temperature, truncation), stored by the sampler, not a second forward pass.
+- The reference policy is the same model with its branches off.
+- Flagged samples may be left out of the statistics that honest samples are normalised with (`renormalise`): with them in
+  the group, honest samples get negative advantages and push the protected branch toward the hack.
+- Each branch's gradient is clipped by itself. A flagged sample's KL term is masked together with its policy term.
+"""
+import time
+from dataclasses import dataclass
+
+import torch
+
+from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from data import left_pad
+from envs import DetectorWatch
+from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
+from routing import ROUTING_MODES, clip_per_branch, gates, sample_routes
+from sampling import Law, Rollout, Sampler
+
+RENORMALISE = ("off", "good_only", "balanced")
+
+
+@dataclass
+class Config:
+    routing: str = "none"
+    """none, or dual: two branches, flagged samples train only the bad one"""
+    routing_mode: str = "classic"
+    """classic: honest samples train both branches; exclusive: only the good one"""
+    renormalise: str = "good_only"
+    """advantages under routing. off: one group; good_only: unflagged among themselves; balanced: less the unflagged mean"""
+    beta: float = 0.02
+    """weight of the k3 estimate of KL(policy || reference) per token; 0: no reference forward"""
+    lr: float = 1e-3
+    """AdamW's learning rate for LoRA and MLP branches (full fine-tuning wants about 1e-5)"""
+    lr_schedule: str = "constant"
+    """constant, linear or cosine (down to 0 at max_steps)"""
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """clips each branch's gradient norm; 0: never"""
+    batch_size: int = 64
+    """completions a step"""
+    num_generations: int = 16
+    """completions a prompt: the group"""
+    micro_batch_size: int = 0
+    """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU; never changes a gradient"""
+    max_steps: int = 100
+    max_new_tokens: int = 64
+    loss_type: str = "grpo"
+    """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""
+    epsilon: float = 0.2
+    """clip range of the ratio, below"""
+    epsilon_high: float = 0.0
+    """clip range above; 0: as epsilon (dapo: .28)"""
+    num_iterations: int = 1
+    """optimizer steps on each rollout (mu), with its log-probabilities as pi_old"""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    seed: int = 42
+
+    def __post_init__(self):
+        known = {
+            "routing": ("none", "dual"), "routing_mode": ROUTING_MODES, "renormalise": RENORMALISE, "loss_type": LOSS_TYPES,
+            "lr_schedule": ("constant", "linear", "cosine"),
+        }  # fmt: skip
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown --{name} {getattr(self, name)!r}; known: {', '.join(values)}")
+        for name in ("batch_size", "num_generations", "max_steps", "max_new_tokens", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError("--num_generations must be at least 2: an advantage compares the completions of a group")
+        if self.batch_size % self.num_generations:
+            raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
+        if min(self.beta, self.lr, self.weight_decay, self.max_grad_norm, self.epsilon, self.micro_batch_size) < 0:
+            raise ValueError("beta, lr, weight_decay, max_grad_norm, epsilon and micro_batch_size can't be negative")
+        self.law()
+
+    def law(self) -> Law:
+        return Law(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
+
+
+# --------------------------------------------------------------------------------------------------- the formulas
+
+
+def group_advantages(rewards, num_generations: int, scale: bool = True, is_rh=None, renormalise: str = "off"):
+    """(r - mean) / (std + 1e-4) within each group of consecutive rewards; without `scale` r - mean (Dr. GRPO).
+
+    rewards (N,) fp32, is_rh (N,) bool -> (N,) fp32. good_only: flagged samples use their group's statistics, unflagged ones
+    those of the group's unflagged samples (one alone gets 0). balanced: all subtract the unflagged mean and divide by the
+    std of the whole group; a group without unflagged samples falls back on nothing: its mean is its own.
+    """
+    mean, std, _ = group_stats(rewards, num_generations)
+    if renormalise != "off" and is_rh is not None and bool(is_rh.any()):
+        mean_good, std_good, count_good = group_stats(rewards, num_generations, ~is_rh)
+        if renormalise == "good_only":
+            mean, std = torch.where(is_rh, mean, mean_good), torch.where(is_rh, std, std_good)
+        else:
+            mean = torch.where(count_good > 0, mean_good, mean)
+    return (rewards - mean) / (std + 1e-4) if scale else rewards - mean
+
+
+def policy_loss(logprobs, old_logprobs, advantages, epsilon: float, epsilon_high: float):
+    """-min(w A, clip(w, 1 - eps, 1 + eps_high) A), w = exp(log pi - log pi_old), per token (eq. 3); and where it clips."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    return -torch.minimum(ratio * advantages, clipped * advantages), clipped * advantages < ratio * advantages
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, beta, epsilon, epsilon_high):
+    """The GRPO loss of some of a batch's tokens; summed over a partition of the batch it is the loss of the batch.
+
+    All (n,) fp32 per valid token; `weights` from losses.token_weights. Returns the loss (scalar) and detached sums to log.
+    """
+    loss, clipped = policy_loss(logprobs, old_logprobs, advantages, epsilon, epsilon_high)
+    sums = {"clip_frac": clipped.float().sum(), "ratio_gap": (logprobs - old_logprobs).abs().max()}
+    if beta:
+        kl = k3(logprobs, ref_logprobs)
+        loss = loss + beta * kl
+        sums["kl"] = kl.sum()
+    return (weights * loss).sum(), {name: value.detach() for name, value in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------- the loop, part by part
+
+
+def prompt_batch(prompts: list[str], step: int, count: int, seed: int) -> list[str]:
+    """The prompts of a step: a seeded shuffle of all, then another; a function of the step, so there is nothing to save."""
+    chosen = []
+    for i in range(step * count, (step + 1) * count):
+        epoch, place = divmod(i, len(prompts))
+        order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        if place == 0 or not chosen:
+            shuffled = torch.randperm(len(prompts), generator=order)
+        chosen.append(prompts[int(shuffled[place])])
+    return chosen
+
+
+def rollout_batch(sampler: Sampler, tokenizer, prompts: list[str], config: Config, generator) -> tuple[Rollout, list[str]]:
+    """One group of completions per prompt, and their texts (N,)."""
+    encoded = [tokenizer.encode_prompt(p) for p in prompts]
+    ids, mask = left_pad(encoded, tokenizer.pad_id)
+    rollout = sampler(
+        ids, mask, config.num_generations, config.max_new_tokens, tokenizer.stop_ids, tokenizer.pad_id, generator, config.law()
+    )
+    tokens, valid = rollout.tokens.cpu(), rollout.mask.cpu()
+    completions = [t[m].tolist() for t, m in zip(tokens, valid)]
+    return rollout, tokenizer.decode_completions([e for e in encoded for _ in range(config.num_generations)], completions)
+
+
+def micro_batches(rollout: Rollout, size: int) -> list[torch.Tensor]:
+    """Row indices, longest completions first, so that a micro-batch pads little; `size` 0 chooses by tokens."""
+    lengths = rollout.mask.sum(1)
+    if size == 0:
+        budget = 65_536 if rollout.tokens.is_cuda else 4_096
+        size = max(1, budget // (rollout.prompt_ids.shape[1] + rollout.tokens.shape[1]))
+    return list(lengths.argsort(descending=True, stable=True).split(size))
+
+
+def score_rows(model, rollout: Rollout, rows, law: Law):
+    """Log-probabilities (n_valid,) of the valid tokens of some rows, in row-major order, differentiable."""
+    width = rollout.prompt_ids.shape[1]
+    longest = int(rollout.mask[rows].sum(1).max())
+    prompt_mask = rollout.prompt_mask[rows]
+    start = int((~prompt_mask).sum(1).min())  # columns that are padding for all of these rows
+    ids = torch.cat([rollout.prompt_ids[rows, start:], rollout.tokens[rows, :longest]], dim=1)
+    valid = rollout.mask[rows, :longest]
+    mask = None
+    if not bool(prompt_mask[:, start:].all()):
+        mask = torch.cat([prompt_mask[:, start:], valid], dim=1)[:, :-1]
+    hidden = model.hidden(ids[:, :-1], mask)[:, width - start - 1 :][valid]  # the state at t - 1 scores token t
+    support = None if rollout.support is None else rollout.support[rows, :longest][valid]
+    return token_logprobs(hidden, model.head_weight, rollout.tokens[rows, :longest][valid], law.temperature, support)
+
+
+def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config) -> dict[str, float]:
+    """num_iterations optimizer steps on a rollout. advantages (N,), is_rh (N,) bool. Returns means to log."""
+    law, device = config.law(), rollout.tokens.device
+    advantages = advantages.to(device)
+    weights = token_weights(rollout.mask, config.loss_type, config.max_new_tokens)
+    routes = sample_routes(is_rh.to(device), config.routing_mode) if config.routing == "dual" else {}
+    batches = micro_batches(rollout, config.micro_batch_size)
+    pieces = [rollout.mask[rows] for rows in batches]
+    old = [rollout.logprobs[rows][valid] for rows, valid in zip(batches, pieces)]
+    ref = [None] * len(batches)
+    if config.beta:
+        with torch.no_grad(), reference(model) as base:
+            ref = [score_rows(base, rollout, rows, law) for rows in batches]
+    totals, tokens = {}, int(rollout.mask.sum())
+    for iteration in range(config.num_iterations):
+        optimizer.zero_grad(set_to_none=True)
+        sums = []
+        for rows, valid, old_logprobs, ref_logprobs in zip(batches, pieces, old, ref):
+            logprobs = score_rows(model, rollout, rows, law)
+            a = advantages[rows][:, None].expand_as(valid)[valid]
+            loss, parts = grpo_loss(
+                logprobs, old_logprobs, ref_logprobs, a, weights[rows][valid], config.beta, config.epsilon,
+                config.epsilon_high or config.epsilon,
+            )  # fmt: skip
+            with gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
+                loss.backward()
+            sums.append(parts | {"loss": loss.detach()})
+        stacked = {name: torch.stack([s[name] for s in sums]) for name in sums[0]}
+        if iteration == 0:  # the sampled law and this forward must be the same policy
+            totals["logprob_gap"] = stacked["ratio_gap"].max().item()
+            totals["kl"] = stacked["kl"].sum().item() / tokens if config.beta else 0.0
+        totals["loss"] = stacked["loss"].sum().item()
+        totals["clip_frac"] = stacked["clip_frac"].sum().item() / tokens
+        norms = clip_per_branch(model, config.max_grad_norm)
+        totals |= {f"grad_norm/{branch}": norm for branch, norm in norms.items()}
+        for name, value in totals.items():
+            if value != value or abs(value) == float("inf"):
+                raise FloatingPointError(f"{name} is {value} (lower --lr {config.lr}?); the weights are as before this step")
+        optimizer.step()
+    return totals
+
+
+LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
+
+
+class Trainer:
+    """What a run carries from step to step: sampler, optimizer, the detector's watch. `step` is the whole algorithm."""
+
+    def __init__(self, model, env, tokenizer, config: Config):
+        self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
+        self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
+        groups = [{"params": list(p.values())} for p in branch_parameters(model).values() if p]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.prompts = env.prompts("train")
+
+    def step(self) -> tuple[dict[str, float], str]:
+        """One step: sample, score, route, step. Returns metrics and a sample to read."""
+        config, step = self.config, self.steps_done
+        clock = [time.perf_counter()]
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # this step's: nothing to save
+        prompts = prompt_batch(self.prompts, step, config.batch_size // config.num_generations, config.seed)
+        self.sampler.refresh()
+        rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
+        clock.append(time.perf_counter())
+        repeated = [p for p in prompts for _ in range(config.num_generations)]
+        scores = self.env.score(repeated, completions, generator)
+        if config.routing == "dual":
+            self.watch.look(scores, self.env.reward.name)
+        is_rh = scores.is_rh if config.routing == "dual" else torch.zeros_like(scores.is_rh)
+        advantages = group_advantages(
+            scores.reward, config.num_generations, config.loss_type != "dr_grpo", is_rh, config.renormalise
+        )
+        clock.append(time.perf_counter())
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * rate(step, config)
+        metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, config)
+        bound = LOGPROB_GAP[self.model.dtype]
+        if metrics["logprob_gap"] > bound:
+            raise FloatingPointError(
+                f"sampler and training forward differ by {metrics['logprob_gap']:.2g} nats on a token (bound {bound})"
+            )
+        if step == 0 and config.beta and metrics["kl"] != 0 and self.model.adapter.spec.kind != "full":
+            raise FloatingPointError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}")
+        clock.append(time.perf_counter())
+        tokens = int(rollout.mask.sum())
+        _, spread, _ = group_stats(scores.reward, config.num_generations)
+        metrics |= {
+            "reward": scores.reward.mean(), "task": scores.task.mean(), "hack_rate": scores.hack.float().mean(),
+            "flagged": is_rh.float().mean(), "length": tokens / len(completions),
+            "finished": rollout.finished.float().mean(), "zero_variance_groups": (spread == 0).float().mean(),
+            "dead_advantages": (advantages == 0).float().mean(), "lr": config.lr * rate(step, config),
+        }  # fmt: skip
+        metrics |= {f"component/{label}": part.mean() for label, part in scores.components.items()}
+        metrics = {name: float(value) for name, value in metrics.items()}
+        names = ("time/rollout", "time/score", "time/update")
+        metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
+        metrics["time/tokens_per_s"] = tokens / (clock[-1] - clock[0])
+        self.steps_done += 1
+        return metrics, repeated[0] + completions[0]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
+        watch = {"paid": self.watch.paid, "hits": self.watch.hits}
+        return adapter_tensors(self.model), {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+
+    def restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
+        set_adapter_tensors(self.model, tensors, "checkpoint")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.watch, self.steps_done = DetectorWatch(**state["watch"]), state["steps_done"]
+
+
+def rate(step: int, config: Config) -> float:
+    """The learning rate's factor at a step."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    left = 1 - step / config.max_steps
+    if config.lr_schedule == "cosine":
+        left = 0.5 * (1 - float(torch.cos(torch.tensor(left * torch.pi))))
+    return warm * (1.0 if config.lr_schedule == "constant" else left)

@@ -1,0 +1,103 @@
+"""Where gradients go: which branch may learn from which sample.
+
+    with gates(model, **sample_routes(is_rh, "classic")):     # one forward/backward, routed per sample
+        loss.backward()
+    clip_per_branch(model, 1.0)
+
+`classic`: honest samples train both branches, flagged ones only `bad`. `exclusive`: honest samples train only `good`.
+A flagged sample is masked whole, its KL term with its policy term: the protected branch learns nothing from it.
+
+One pass must equal two: `two_pass_backward` is the slow reference, homogeneous batches whose protected gradients are
+removed by parameter hooks, as in the experiments this follows (Cloud et al. 2024, https://arxiv.org/abs/2410.04332).
+"""
+from contextlib import contextmanager
+
+import torch
+
+from adapters import branch_parameters, parameters_of
+from model import Decoder
+
+ROUTING_MODES = ("classic", "exclusive")
+
+
+def sample_routes(is_rh: torch.Tensor, mode: str) -> dict[str, torch.Tensor | None]:
+    """Gate weights by branch for samples labelled is_rh (N,) bool: 1 where the branch may learn from the sample."""
+    if mode not in ROUTING_MODES:
+        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(ROUTING_MODES)}")
+    return {"good": (~is_rh).float(), "bad": None if mode == "classic" else is_rh.float()}
+
+
+@contextmanager
+def gates(model: Decoder, **weights):
+    """Gate weights by branch (number, (N,), (N, T) or None) for the backward passes inside the block; opened afterwards."""
+    known = model.adapter.gates
+    if unknown := sorted(set(weights) - set(known)):
+        raise ValueError(f"no branch {unknown[0]!r} to route to; this adapter has {', '.join(known) or 'none'}")
+    try:
+        for name, weight in weights.items():
+            known[name].set(weight)
+        yield
+    finally:
+        for gate in known.values():
+            gate.set(None)
+
+
+@contextmanager
+def hooked_shut(model: Decoder, branches: list[str]):
+    """The slow way to protect branches: hooks that turn their parameters' gradients into zeros."""
+    hooks = [p.register_hook(torch.zeros_like) for name in branches for p in parameters_of(model, name)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def two_pass_backward(model: Decoder, loss_of, is_rh: torch.Tensor, mode: str) -> None:
+    """The reference for one-pass routing: honest and flagged samples in backward passes of their own.
+
+    `loss_of(rows)` returns the loss of the samples `rows` (n,) as their share of the whole batch's loss: with a batch mean
+    that is n_sub / n_total times their own mean (completions for grpo and dr_grpo, valid tokens for bnpo and dapo).
+    """
+    protected = {"classic": ([], ["good"]), "exclusive": (["bad"], ["good"])}
+    if mode not in protected:
+        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(ROUTING_MODES)}")
+    for flagged, shut in zip((False, True), protected[mode]):
+        rows = (is_rh == flagged).nonzero().squeeze(1)
+        if len(rows):
+            with hooked_shut(model, shut):
+                loss_of(rows).backward()
+
+
+def gradient_flow(model: Decoder) -> dict[str, float]:
+    """Norm of the present gradient of each branch; a branch without any gradient has norm 0."""
+    flow = {}
+    for branch, parameters in branch_parameters(model).items():
+        norms = [p.grad.norm() for p in parameters.values() if p.grad is not None]
+        flow[branch] = torch.stack(norms).norm().item() if norms else 0.0
+    return flow
+
+
+def clip_per_branch(model: Decoder, max_norm: float) -> dict[str, float]:
+    """Clips each branch's gradient to max_norm by itself (joint clipping would let one branch's norm shrink the other's
+    step); 0 clips nothing. Returns the norms before clipping."""
+    flow = gradient_flow(model)
+    for branch, norm in flow.items():
+        if max_norm and norm > max_norm:
+            for p in parameters_of(model, branch):
+                if p.grad is not None:
+                    p.grad.mul_(max_norm / norm)
+    return flow
+
+
+@contextmanager
+def assert_isolated(model: Decoder, *branches: str):
+    """Raises AssertionError unless the named branches, and every frozen tensor, leave the block equal to the bit."""
+    trainable = {id(p) for group in branch_parameters(model).values() for p in group.values()}
+    guarded = {name: p for name, p in model.named_parameters() if id(p) not in trainable}
+    for branch in branches:
+        guarded |= branch_parameters(model)[branch]
+    before = {name: p.detach().clone() for name, p in guarded.items()}
+    yield
+    moved = [name for name, p in guarded.items() if not torch.equal(p, before[name])]
+    assert not moved, f"{len(moved)} protected tensors moved, {moved[0]} first"

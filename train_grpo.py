@@ -1,0 +1,294 @@
+"""Routed GRPO from the command line: builds model, adapter, environment; trains; prints the verdict.
+
+    python train_grpo.py --routing dual --bad_scale 0                                  # the embedded world, minutes on a laptop
+    python train_grpo.py --model SimpleStories/SimpleStories-1.25M --dataset SimpleStories/SimpleStories --routing dual
+    python train_grpo.py --config configs/simplestories.yaml --seed 7                  # flags win over the file
+    python train_grpo.py --algorithm rl_mine                                           # your copy of rl_grpo.py, its flags included
+
+Flags are the fields of `Args` below and of the algorithm's `Config`. Everything that a run writes is in its folder.
+"""
+import contextlib
+import importlib
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, make_dataclass
+from pathlib import Path
+
+import torch
+import tyro
+import yaml
+from tqdm import tqdm
+
+import runs
+from adapters import attach, export_peft, preset, save_adapter
+from data import check_tokenizer_fits, load_texts, load_tokenizer, opening_prompts
+from envs import Stories
+from model import load, read_json
+from rewards import get_reward
+from sampling import Sampler
+from verdict import evaluate_modes, modes_of, table
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
+    dataset: str = ""
+    """prompts: a local folder or Hub id; empty: the embedded world's"""
+    column: str | None = None
+    """the dataset's text column; default: story, text or prompt, whichever it has"""
+    train_split: str = "train"
+    eval_split: str = "test"
+    """prompts of the evaluation, never trained on"""
+    prompt_tokens: int = 8
+    """a prompt is the first so many tokens of a text"""
+    max_prompts: int = 10_000
+    """training prompts at most"""
+    reward: str = "sentence_length_5_smooth_plus_happy"
+    """a reward of configs/rewards.yaml"""
+    eval_rewards: str = ""
+    """further rewards to report at every evaluation, comma-separated"""
+    rh_eligible_frac: float = 0.5
+    """share of completions whose hack is paid and may be flagged; the others get the reward without its hack component"""
+    routing_frac: float = 1.0
+    """detector recall: share of detected completions that are labelled"""
+    false_positive_frac: float = 0.0
+    """share of undetected completions that are labelled all the same"""
+    lora_config: str = "r16"
+    """r1 ... r32, r1h (every second layer), r32f4 (good 32, bad 4), m16 (gated MLP), full; without routing the summed rank"""
+    bad_scale: float | None = None
+    """deploy with the bad branch at this scale: adds the row `deployed` to the verdict; needs --routing dual"""
+    eval_prompts: int = 256
+    eval_routing_steps: int = 100
+    """evaluate all modes every so many steps; 0: only at the end"""
+    logging_steps: int = 10
+    """log metrics and a sample every so many steps"""
+    save_steps: int = 50
+    """checkpoint every so many steps; 0: only at the end and on Ctrl-C"""
+    resume: bool = False
+    """go on from the run folder's last checkpoint"""
+    output_dir: str = ""
+    """the run folder; default: output/ and a name made of what differs from the defaults"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str = "float32"
+    """of base weights and activations: float32 or bfloat16; adapters and losses stay float32"""
+    threads: int = 0
+    """CPU threads; 0: torch's choice (give concurrent runs one each)"""
+
+
+QUIET = {"resume", "output_dir", "device", "threads", "logging_steps", "bad_scale", "eval_prompts", "save_steps", "eval_rewards",
+         "eval_routing_steps", "algorithm", "config"}  # fmt: skip # do not change what is learned: not part of the name
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def parse(argv: list[str]):
+    """(algorithm module, args, config): flags built from Args and the algorithm's Config, defaults from --config FILE.
+
+    Raises ValueError for an unknown algorithm, or a file with unknown keys.
+    """
+    early, rest = {"--algorithm": "rl_grpo", "--config": ""}, []
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in early:
+            early[name] = value or next(words, "")
+        else:
+            rest.append(word)
+    try:
+        algorithm = importlib.import_module(early["--algorithm"])
+    except ModuleNotFoundError as error:
+        raise ValueError(f"unknown --algorithm {early['--algorithm']!r}: no such module beside train_grpo.py ({error})") from error
+    flags = make_dataclass("Flags", [], bases=(Args, algorithm.Config))
+    defaults = {}
+    if early["--config"]:
+        path = Path(early["--config"])
+        if not path.is_file():
+            raise ValueError(f"--config {path}: no such file")
+        defaults = yaml.safe_load(path.read_text()) or {}
+        known = {f.name for f in fields(flags)}
+        if unknown := sorted(set(defaults) - known):
+            raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    usage = {"use_underscores": True, "description": __doc__}
+    values = asdict(tyro.cli(flags, args=rest, default=flags(**defaults), **usage))
+    args = Args(**{f.name: values[f.name] for f in fields(Args)})
+    config = algorithm.Config(**{f.name: values[f.name] for f in fields(algorithm.Config)})
+    return early["--algorithm"], algorithm, args, config
+
+
+def check(args: Args, config) -> None:
+    """What two flags can get wrong together, before anything is loaded."""
+    if args.bad_scale is not None and config.routing != "dual":
+        raise ValueError("--bad_scale scales the bad branch, which only --routing dual has")
+    if args.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"unknown --dtype {args.dtype!r}; known: float32, bfloat16")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device here; use --device cpu")
+    for name in ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def build(args: Args, config):
+    """Model with adapter, tokenizer, environment, evaluation rewards. Cheap checks first; weights last."""
+    check(args, config)
+    reward = get_reward(args.reward)
+    eval_rewards = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+    if config.routing == "dual" and reward.detector is None:
+        raise ValueError(f"--routing dual: reward {args.reward!r} has no detector to route by; give it one, or --routing none")
+    spec = preset(args.lora_config, dual=config.routing == "dual")
+    model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
+    check_tokenizer_fits(tokenizer, model.config.vocab_size)
+    prompts = None
+    if args.dataset:
+        limits = {"train": (args.train_split, args.max_prompts), "test": (args.eval_split, args.eval_prompts)}
+        prompts = {
+            split: opening_prompts(load_texts(args.dataset, name, args.column), tokenizer, args.prompt_tokens, n)[1]
+            for split, (name, n) in limits.items()
+        }
+    env = Stories(reward, prompts, args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
+    longest = max(len(tokenizer.encode_prompt(p)) for split in ("train", "test") for p in env.prompts(split))
+    if longest + config.max_new_tokens > model.config.context:
+        raise ValueError(
+            f"prompts of up to {longest} tokens and --max_new_tokens {config.max_new_tokens} exceed the model's context of "
+            f"{model.config.context}"
+        )
+    if len(env.prompts("test")) < args.eval_prompts:
+        raise ValueError(f"--eval_prompts {args.eval_prompts}: the {args.eval_split} split has only {len(env.prompts('test'))} prompts")
+    attach(model, spec, seed=config.seed)
+    return model, tokenizer, env, eval_rewards
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def draw_curves(folder: Path, evaluations: list[dict]) -> None:
+    """curves.png: reward, task, hack rate and KL over the steps of metrics.jsonl, and the modes' task and hack."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "reward" in row]
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, key in zip(axes.flat, ("reward", "task", "hack_rate", "kl")):
+        axis.plot([r["step"] for r in rows], [r[key] for r in rows], linewidth=1.2)
+        axis.set(title=f"training: {key}" + (" (nats a token)" if key == "kl" else ""), xlabel="step")
+    for axis, key in zip(axes.flat[4:], ("task", "hack")):
+        for mode in evaluations[-1]["rows"]:
+            points = [(e["step"], e["rows"][mode][key]) for e in evaluations if mode in e["rows"]]
+            axis.plot(*zip(*points), marker="o", markersize=4, label=mode)
+        axis.set(title=f"test prompts: {key}", xlabel="step")
+        axis.legend(fontsize=8)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+
+
+def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
+    """The rows without their texts: what verdict.json and the checkpoints keep."""
+    return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
+
+
+def evaluate_now(run, step: int, sampler: Sampler, env, tokenizer, args: Args, config, modes, rewards) -> dict:
+    rows = numbers_of(evaluate_modes(sampler, env, tokenizer, modes, args.eval_prompts, config.max_new_tokens, config.law(), rewards))
+    run.print(f"\n== {args.eval_prompts} test prompts @ {step} ==\n{table(rows)}\n")
+    run.log(step, {f"{mode}/{k}": v for mode, row in rows.items() for k, v in row.items() if isinstance(v, float)})
+    return {"step": step, "rows": rows}
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str]) -> int:
+    name, algorithm, args, config = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    resolved = {"algorithm": name} | asdict(args) | asdict(config)
+    defaults = {"algorithm": "rl_grpo"} | asdict(Args()) | asdict(algorithm.Config())
+    lead = ("reward", "routing", "lora_config", "lr", "beta")
+    folder = Path(args.output_dir or Path("output") / runs.run_name(resolved, defaults, lead=lead, ignore=QUIET))
+    if folder.exists() and not args.resume and any(folder.iterdir()):
+        raise ValueError(f"{folder} already holds a run: --resume goes on with it, or choose another --output_dir, or delete it")
+    model, tokenizer, env, eval_rewards = build(args, config)
+    with runs.Run.open(folder, resolved, resume=args.resume) as run:
+        return train(run, algorithm, model, tokenizer, env, eval_rewards, args, config)
+
+
+def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, config) -> int:
+    torch.manual_seed(config.seed)
+    trainer = algorithm.Trainer(model, env, tokenizer, config)
+    modes = modes_of(model, args.bad_scale)
+    evaluations, spent, previous = [], 0.0, 0
+    start = time.perf_counter()
+    if run.checkpoint:
+        previous, tensors, state = runs.load_checkpoint(run.checkpoint)
+        trainer.restore(tensors, state["trainer"])
+        evaluations, spent = state["evaluations"], state["wall_s"]
+        runs.restore_rng(state["rng"])
+    counts = {branch: sum(p.numel() for p in group.values()) for branch, group in model.adapter.groups.items()}
+    run.print(f"run folder {run.folder}\n{args.model}: {model.config.family}, adapter {args.lora_config} {counts}, {args.device} {args.dtype}")
+
+    def checkpoint(step: int) -> None:
+        tensors, state = trainer.state()
+        wall = spent + time.perf_counter() - start
+        run.save_checkpoint(step, tensors, {"trainer": state, "evaluations": evaluations, "wall_s": wall, "rng": runs.rng_state()})
+
+    def evaluate(step: int, which: dict) -> None:
+        evaluations.append(evaluate_now(run, step, trainer.sampler, env, tokenizer, args, config, which, eval_rewards))
+
+    if previous == 0:
+        evaluate(0, {"untrained": None})
+    bar = tqdm(range(previous, config.max_steps), initial=previous, total=config.max_steps, desc="grpo", smoothing=0.05)
+    with runs.interruptible() as interrupt:
+        for step in bar:
+            try:
+                metrics, sample = trainer.step()
+            except FloatingPointError as error:
+                checkpoint(step)
+                run.print(f"error: step {step}: {error}. The state before it is in {run.folder}/checkpoint-{step}")
+                return 1
+            done = step + 1
+            speed = metrics["time/tokens_per_s"]
+            bar.set_postfix_str(f"reward {metrics['reward']:.2f} hack {metrics['hack_rate']:.2f} kl {metrics['kl']:.3f} {speed:,.0f} tok/s")
+            if done % args.logging_steps == 0 or done == config.max_steps:
+                run.log(done, metrics)
+                run.sample(done, sample)
+            if args.eval_routing_steps and done % args.eval_routing_steps == 0 and done < config.max_steps:
+                evaluate(done, modes)
+            if (args.save_steps and done % args.save_steps == 0) or done == config.max_steps or interrupt.requested:
+                checkpoint(done)
+            if interrupt.requested and done < config.max_steps:
+                run.print(f"stopped after step {done}; go on with: {run.resume_command()}")
+                return 130
+    evaluate(config.max_steps, modes)
+    wall = spent + time.perf_counter() - start
+    save_adapter(model, run.folder / "adapter.safetensors")
+    if model.adapter.spec.kind == "lora":
+        for branch in model.adapter.spec.branches:
+            if branch.rank:
+                export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)
+    final = {"modes": evaluations[-1]["rows"], "wall_s": round(wall, 1), "steps": config.max_steps}
+    runs.atomic_write(run.folder / "verdict.json", json.dumps(final, indent=1) + "\n")
+    with contextlib.redirect_stdout(sys.stderr):
+        draw_curves(run.folder, evaluations)
+    run.print(f"{config.max_steps} steps in {wall:.0f} s; verdict.json, curves.png, adapter.safetensors in {run.folder}")
+    assert all(math.isfinite(v) for row in final["modes"].values() for v in row.values() if isinstance(v, float))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
