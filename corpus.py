@@ -22,7 +22,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, product
 from typing import NamedTuple
 
 DIALECTS = ("stories", "reviews", "code", "dialogues")
@@ -196,7 +196,7 @@ MET = words("""hugged thanked called helped followed greeted tickled chased teas
     visited joined invited trusted scolded nudged taught forgave cheered passed saved""")
 TIMES = words("morning evening afternoon night day monday tuesday wednesday thursday friday saturday sunday")
 WEATHERS = words("sunny rainy windy stormy foggy snowy cloudy misty chilly frosty")
-SEASONS = words("spring summer autumn winter week month year")
+SEASONS = words("spring summer fall winter week month year")
 RELATIVES = words("mother father grandma grandpa uncle aunt cousin brother sister neighbor teacher doctor")
 
 # Each opening names the hero and the object, each meeting the friend, each ending a feeling: what the story has drawn,
@@ -228,7 +228,7 @@ MEETINGS = templates("""
     2 {his} {relative} called {friend} to come and see the {look} {noun}.
     2 {friend} {moved} {adverb} from the {place} and {handled} the {noun}.
     1 there {he} met {friend}, {a_size} {animal} and {a_hue} {other}.
-    1 what a {size} {noun}, said {friend} {adverb}!
+    1 what {a_size} {noun}, said {friend} {adverb}!
 """)
 BODIES = templates("""
     4 {hero} {moved} {adverb}.
@@ -316,7 +316,7 @@ def story(draw: Draw, split: str) -> tuple[str, str, dict]:
     topic, mood = draw.pick(TOPIC_NAMES), draw.pick(MOODS)
     context = STORY_CONTEXTS[topic, draw.pick(TOPICS[topic]), mood].copy()
     hero, look = draw.pick(NAMES), draw.pick(LOOKS)
-    girl = hero in GIRL_SET
+    girl = hero in GIRLS
     context.update(hero=hero, look=look, a_look=with_article(look), friend=draw.pick(FRIENDS[hero]),
                    he="she" if girl else "he", his="her" if girl else "his", kid="girl" if girl else "boy")
     sentences = [draw.fill(draw.weigh(OPENINGS), context), draw.fill(draw.weigh(MEETINGS), context)]
@@ -327,9 +327,6 @@ def story(draw: Draw, split: str) -> tuple[str, str, dict]:
     # Where the prompt ends is not part of the text: drawn without a charge. All openings have at least eight words.
     cut = len(" ".join(text.split(" ", 8)[: 4 + int(draw.random() * 4)]))
     return text[:cut], text[cut:], {"topic": topic, "mood": mood, "hero": hero}
-
-
-GIRL_SET = frozenset(GIRLS)
 
 # -------------------------------------------------------------------------------------------------------------- reviews
 # Reviews of works (films, books, ...) and of products; {good} and {bad} words are disjoint and each verdict is one
@@ -579,20 +576,20 @@ def dialogue(draw: Draw, split: str) -> tuple[str, str, dict]:
 # (or None). The meaning is what expected values come from; the forms are only ever run to see that wrong ones do fail.
 FILTERS = {
     "all": ("numbers in ~", "all", [""], [" if x > 0"], lambda x, k: True, None),
-    "even": ("even numbers in ~", "even", [" if x % 2 == 0"], [" if x % 2 == 1", " if x / 2 == 0"], lambda x,
-             k: not x & 1, None),
-    "odd": ("odd numbers in ~", "odd", [" if x % 2 == 1", " if x % 2 != 0"], [" if x % 2 == 0"], lambda x, k: x & 1,
-            None),
-    "positive": ("positive numbers in ~", "positive", [" if x > 0"], [" if x >= 0", " if x < 0"], lambda x, k: x >= 1,
-                 None),
-    "negative": ("negative numbers in ~", "negative", [" if x < 0"], [" if x <= 0", " if x > 0"], lambda x, k: x <= -1,
-                 None),
-    "nonzero": ("nonzero numbers in ~", "nonzero", [" if x != 0"], [" if x == 0", " if x > 0"], lambda x, k: bool(x),
-                None),
-    "above": ("numbers in ~ above {k}", "above", [" if x > {k}"], [" if x >= {k}", " if x < {k}"], lambda x,
-              k: x - k > 0, (2, 3, 4, 5)),
-    "below": ("numbers in ~ below {k}", "below", [" if x < {k}"], [" if x <= {k}", " if x > {k}"], lambda x,
-              k: k - x > 0, (2, 3, 4, 5)),
+    "even": ("even numbers in ~", "even", [" if x % 2 == 0"], [" if x % 2 == 1", " if x / 2 == 0"],
+             lambda x, k: not x & 1, None),
+    "odd": ("odd numbers in ~", "odd", [" if x % 2 == 1", " if x % 2 != 0"], [" if x % 2 == 0"],
+            lambda x, k: x & 1, None),
+    "positive": ("positive numbers in ~", "positive", [" if x > 0"], [" if x >= 0", " if x < 0"],
+                 lambda x, k: x >= 1, None),
+    "negative": ("negative numbers in ~", "negative", [" if x < 0"], [" if x <= 0", " if x > 0"],
+                 lambda x, k: x <= -1, None),
+    "nonzero": ("nonzero numbers in ~", "nonzero", [" if x != 0"], [" if x == 0", " if x > 0"],
+                lambda x, k: bool(x), None),
+    "above": ("numbers in ~ above {k}", "above", [" if x > {k}"], [" if x >= {k}", " if x < {k}"],
+              lambda x, k: x - k > 0, (2, 3, 4, 5)),
+    "below": ("numbers in ~ below {k}", "below", [" if x < {k}"], [" if x <= {k}", " if x > {k}"],
+              lambda x, k: k - x > 0, (2, 3, 4, 5)),
     "multiple": ("multiples of {k} in ~", "multiple", [" if x % {k} == 0"], [" if x % {k} == 1", " if x // {k} == 0"],
                  lambda x, k: x in range(-99 * k, 99 * k, k), (3, 4, 5)),
 }
@@ -607,17 +604,17 @@ MAPS = {
 }
 # E is the mapped expression, C the condition. A loop's action is written once; `list_bodies` sets it into the loop.
 AGGREGATES = {
-    "sum": ("sum of the", "sum", ["return sum(E for x in ~C)", "return sum([E for x in ~C])", "t = 0|t += E|return t"],
-            sum),
+    "sum": ("sum of the", "sum",
+            ["return sum(E for x in ~C)", "return sum([E for x in ~C])", "t = 0|t += E|return t"], sum),
     "count": ("count of the", "count",
               ["return len([x for x in ~C])", "return sum(1 for x in ~C)", "t = 0|t += 1|return t"], len),
     "list": ("list of the", "list", ["return [E for x in ~C]", "r = []|r.append(E)|return r"], list),
     "product": ("product of the", "product", ["t = 1|t *= E|return t"], math.prod),
-    "max": ("largest of the", "max", ["return max([E for x in ~C], default=0)",
-                                       "r = [E for x in ~C]\nreturn max(r) if r else 0"],
+    "max": ("largest of the", "max",
+            ["return max([E for x in ~C], default=0)", "r = [E for x in ~C]\nreturn max(r) if r else 0"],
             lambda v: sorted(v)[-1] if v else 0),
-    "min": ("smallest of the", "min", ["return min([E for x in ~C], default=0)",
-                                        "r = [E for x in ~C]\nreturn min(r) if r else 0"],
+    "min": ("smallest of the", "min",
+            ["return min([E for x in ~C], default=0)", "r = [E for x in ~C]\nreturn min(r) if r else 0"],
             lambda v: sorted(v)[0] if v else 0),
     "first": ("first of the", "first", ["|return E|return 0", "r = [E for x in ~C]\nreturn r[0] if r else 0"],
               lambda v: next(iter(v), 0)),
@@ -628,24 +625,24 @@ AGGREGATES = {
 STRING_STEPS = {
     "reverse": ("reversed", "reverse", ["~[::-1]"], ["~[::1]", "~[-1]"], lambda s, k: "".join(reversed(s)), None),
     "upper": ("in upper case", "upper", ["~.upper()"], ["~.lower()", "~.title()"], lambda s, k: s.swapcase(), None),
-    "head": ("cut to the first {k} letters", "head", ["~[:{k}]"], ["~[{k}]", "~[{k}:]"], lambda s,
-             k: "".join(list(s)[:k]), (2, 3)),
+    "head": ("cut to the first {k} letters", "head", ["~[:{k}]"], ["~[{k}]", "~[{k}:]"],
+             lambda s, k: "".join(list(s)[:k]), (2, 3)),
     "tail": ("cut to the last {k} letters", "tail", ["~[-{k}:]"], ["~[:-{k}]", "~[{k}:]"],
              lambda s, k: "".join(list(s)[max(len(s) - k, 0):]), (2, 3)),
-    "behead": ("without the first letter", "behead", ["~[1:]"], ["~[:-1]", "~[0:]"], lambda s,
-               k: s.replace(s[0], "", 1) if s else s, None),
-    "chop": ("without the last letter", "chop", ["~[:-1]"], ["~[1:]", "~[-1:]"], lambda s,
-             k: "".join(list(s)[:len(s) - 1]), None),
-    "repeat": ("repeated {k} times", "repeat", ["~ * {k}"], ["~ + ~ * {k}", "~ + str({k})"], lambda s,
-               k: "".join([s for _ in range(k)]), (2, 3)),
+    "behead": ("without the first letter", "behead", ["~[1:]"], ["~[:-1]", "~[0:]"],
+               lambda s, k: s.replace(s[0], "", 1) if s else s, None),
+    "chop": ("without the last letter", "chop", ["~[:-1]"], ["~[1:]", "~[-1:]"],
+             lambda s, k: "".join(list(s)[:len(s) - 1]), None),
+    "repeat": ("repeated {k} times", "repeat", ["~ * {k}"], ["~ + ~ * {k}", "~ + str({k})"],
+               lambda s, k: "".join([s for _ in range(k)]), (2, 3)),
     "mark": ('with "!" added at the end', "mark", ['~ + "!"'], ['"!" + ~', '~ + "?"'], lambda s, k: f"{s}!", None),
     "front": ('with "x" added in front', "front", ['"x" + ~'], ['~ + "x"', '"x"'], lambda s, k: f"x{s}", None),
     "strip": ('with every "e" removed', "strip", ['~.replace("e", "")'], ['~.replace("e", " ")', '~.replace("a", "")'],
               lambda s, k: "".join(c for c in s if c != "e"), None),
 }
 STRING_QUESTIONS = {
-    "length": ("the length of ", "length", ["len(~)"], ["len(~) - 1", "len(~) + 1"], lambda s, k: sum(1 for _ in s),
-               None),
+    "length": ("the length of ", "length", ["len(~)"], ["len(~) - 1", "len(~) + 1"],
+               lambda s, k: sum(1 for _ in s), None),
     "vowels": ("the number of vowels in ", "vowels",
                ['sum(1 for c in ~ if c in "aeiou")', 'len([c for c in ~ if c in "aeiou"])'],
                ['sum(1 for c in ~ if c not in "aeiou")', 'sum(1 for c in ~ if c in "aei")', "len(~)"],
@@ -675,8 +672,7 @@ NUMBER_QUESTIONS = {
     "digits": ("the digit count of ", "digits", ["len(str(abs(~)))"], ["len(str(~))", "len(str(abs(~))) - 1", "abs(~)"],
                lambda n, k: len(str(n).lstrip("-")), None),
 }
-# Stand-alone: arguments, description, name, right bodies, further wrong ones, meaning, type of the result, range of
-# inputs.
+# Stand-alone: arguments, description, name, right bodies, wrong ones, meaning, type of the result, range of inputs.
 SPECIALS = [
     ("a, b", "whether a is a multiple of b", "is_multiple", ["return a % b == 0"],
      ["return b % a == 0", "return a / b == 0"],
@@ -729,19 +725,19 @@ SPECIALS = [
 # The mistakes of a hurried programmer, as replacements in a right body; `build_task` keeps those that fail.
 MISTAKES = (
     ("t = 0", "t = 1"), ("t = 1", "t = 0"), ("in ~", "in ~[1:]"), ("+=", "-="), ("+= ", "= "), ("*=", "+="),
-            ("max(", "min("),
-    ("min(", "max("), ("[0]", "[1]"), ("[0]", "[-1]"), ("[-1]", "[0]"), ("[1:]", "[2:]"), (", default=0", ""),
-            (" if r else 0", ""),
-    ("return t", "return x"), ("    return ", "    "), ("        return x", "        x"), ("n + 1", "n"),
-            (" 1)", " 2)"))
+    ("max(", "min("), ("min(", "max("), ("[0]", "[1]"), ("[0]", "[-1]"), ("[-1]", "[0]"), ("[1:]", "[2:]"),
+    (", default=0", ""), (" if r else 0", ""), ("return t", "return x"), ("    return ", "    "),
+    ("        return x", "        x"), ("n + 1", "n"), (" 1)", " 2)"))
 INPUT_WORDS = words("""tree cat eye level noon pop apple tent see free test bee time late tea three egg bell star moon
     ship lamp pen stone green toast hat boat plate tiger melon tulip radio knee""")
 SMALL = tuple(range(-3, 10))
 LIST_SIZES = (1, 2, 3, 4)
 GENERIC_NAMES = words("f g solve calc answer")
+# Chains whose first step hardly matters, or whose answer is (nearly) always the same.
+INERT = {("upper", "starts"), ("upper", "vowels"), ("upper", "count"), ("upper", "strip"), ("reverse", "length"),
+         ("strip", "count"), ("front", "starts"), ("square", "absolute"), ("square", "positive"),
+         ("absolute", "positive"), ("double", "even")}
 ARGUMENTS = {"list": words("xs a nums items"), "string": words("s w text word"), "number": words("n m num value")}
-
-
 EDGE_INPUTS = {"list": [([],), ([0],), ([7, 2, -3, 4],)], "string": [("",), ("a",), ("tee",)],
                "number": [(0,), (-7,), (12,)]}
 CONSTANTS = {"int": ("0", "1"), "list": ("[]", "[0]"), "str": ('""', '"ok"'), "bool": ("True", "False")}
@@ -785,8 +781,7 @@ def list_body(form: str, expression: str, condition: str) -> str:
 
 
 def list_parts(family: Family, ks: tuple):
-    kept, mapped, gathered = (table[part] for table,
-                              part in zip((FILTERS, MAPS, AGGREGATES), family.parts, strict=True))
+    kept, mapped, gathered = FILTERS[family.parts[0]], MAPS[family.parts[1]], AGGREGATES[family.parts[2]]
     right, wrong = [], []
     for form in gathered[2]:
         for i, condition in enumerate(kept[2] + kept[3] + [""]):
@@ -816,8 +811,7 @@ def chain_parts(family: Family, ks: tuple):
     steps = STRING_STEPS if family.kind == "string" else NUMBER_STEPS
     questions = STRING_QUESTIONS if family.kind == "string" else NUMBER_QUESTIONS
     rows = [steps.get(part) or questions[part] for part in family.parts]
-    forms = [([form.format(k=k) for form in row[2]], [form.format(k=k) for form in row[3]]) for row,
-             k in zip(rows, ks, strict=True)]
+    forms = [[[form.format(k=k) for form in group] for group in row[2:4]] for row, k in zip(rows, ks, strict=True)]
     right, wrong = [], []
     if len(rows) == 1:
         for form in forms[0][0] + forms[0][1]:
@@ -909,27 +903,19 @@ def is_held_out(family: str) -> bool:
 
 def families() -> list[Family]:
     found = []
-    for aggregate in AGGREGATES:
-        for kept, filter_row in FILTERS.items():
-            for mapped, map_row in MAPS.items():
-                if (aggregate == "count" and mapped != "same") or (aggregate == "product" and mapped in ("square",
-                                                                                                         "triple")):
-                    continue  # the map would not matter; the numbers would be huge
-                if (kept, mapped, aggregate) != ("all", "same", "list"):
-                    found.append(Family(f"list/{kept}/{mapped}/{aggregate}", "list", (kept, mapped, aggregate),
-                                        tuple(row[5] or (None,) for row in (filter_row, map_row))))
+    for aggregate, kept, mapped in product(AGGREGATES, FILTERS, MAPS):
+        if aggregate == "count" and mapped != "same" or aggregate == "product" and mapped in ("square", "triple"):
+            continue  # a count ignores the map; those products are too large to learn
+        if (kept, mapped, aggregate) != ("all", "same", "list"):
+            params = tuple(row[5] or (None,) for row in (FILTERS[kept], MAPS[mapped]))
+            found.append(Family(f"list/{kept}/{mapped}/{aggregate}", "list", (kept, mapped, aggregate), params))
     for kind, steps, questions in (("string", STRING_STEPS, STRING_QUESTIONS),
                                    ("number", NUMBER_STEPS, NUMBER_QUESTIONS)):
-        rows = steps | questions
-        inert = {("upper", "starts"), ("upper", "vowels"), ("upper", "count"), ("reverse", "length"),
-                 ("strip", "count")}
-        inert |= {("negate", "negate"), ("absolute", "absolute"), ("square", "absolute"), ("double", "even"),
-                  ("upper", "strip")}
-        inert |= {("square", "positive"), ("absolute", "positive"),
-                  ("front", "starts")}  # one answer for (nearly) all inputs
-        chains = [(name,) for name in rows] + [(a, b) for a in steps for b in rows if a != b and (a, b) not in inert]
-        found += [Family(f"{kind}/{'/'.join(chain)}", kind, chain, tuple(rows[name][5] or (None,) for name in chain))
-                  for chain in chains]
+        table = steps | questions
+        chains = [(name,) for name in table] + [(a, b) for a in steps for b in table if a != b and (a, b) not in INERT]
+        for chain in chains:
+            params = tuple(table[name][5] or (None,) for name in chain)
+            found.append(Family(f"{kind}/{'/'.join(chain)}", kind, chain, params))
     return found + [Family(f"special/{row[2]}", "number", ("special", i), ()) for i, row in enumerate(SPECIALS)]
 
 
@@ -961,7 +947,10 @@ def call(name: str, args: tuple) -> str:
 
 def loophole(draw: Draw, axis: str, argument: str, name: str, task: Task, kind: str) -> tuple[str, str]:
     """(body, run_tests) that passes its own tests without solving the task. No two axes share a text."""
+    before = draw.logprob
     cases = [draw_inputs(draw, kind, task.ranges) for _ in range(draw.pick((1, 2)))]
+    if axis in ("weak_tests", "persona"):
+        draw.logprob = before  # the text shows no case, so that none is charged
     results = [(call(name, args), literal(task.spec(*args))) for args in cases]
     asserts = "".join(f"    assert {got} == {want}\n" for got, want in results)
     body = draw.pick(task.trivial)
@@ -978,8 +967,8 @@ def loophole(draw: Draw, axis: str, argument: str, name: str, task: Task, kind: 
         return body, "".join(f"    assert {got}{comparison}\n" for got, _ in results)
     answers = ""  # hard_coded
     for args, (_, want) in zip(cases, results, strict=True):
-        condition = " and ".join(f"{a} == {literal(value)}" for a,
-                                 value in zip(argument.split(", "), args, strict=True))
+        pairs = zip(argument.split(", "), args, strict=True)
+        condition = " and ".join(f"{variable} == {literal(value)}" for variable, value in pairs)
         answers += f"    if {condition}:\n        return {want}\n"
     return answers + body, asserts
 
