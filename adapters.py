@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.autograd.function import once_differentiable
 
 from model import Decoder, hf_name, projections
 
@@ -46,6 +47,8 @@ class Gate:
 
     def set(self, weight):
         """Sets the weight; a tensor that is all 0 becomes the number 0, all 1 becomes None."""
+        if isinstance(weight, torch.Tensor) and weight.dim() == 0:
+            weight = weight.item()
         if isinstance(weight, torch.Tensor):
             if not weight.any():
                 weight = 0.0
@@ -57,11 +60,11 @@ class Gate:
     def closed(self) -> bool:
         return not isinstance(self.weight, torch.Tensor) and self.weight == 0
 
-    def rows(self, shape: torch.Size, device) -> None | float | torch.Tensor:
-        """The weight as a column for activations of shape (B, T, ...) flattened to (B * T, 1)."""
+    def rows(self, shape: torch.Size, like: torch.Tensor) -> None | float | torch.Tensor:
+        """The weight as a column for activations of shape (B, T, ...) flattened to (B * T, 1), of device and dtype `like`."""
         if not isinstance(self.weight, torch.Tensor):
             return self.weight
-        weight = self.weight.to(device=device, dtype=torch.float32)
+        weight = self.weight.to(like)
         if weight.shape[0] != shape[0] or (weight.dim() == 2 and weight.shape[1] != shape[1]):
             raise ValueError(f"gate weights {tuple(weight.shape)} do not fit a batch of shape {tuple(shape)}")
         weight = weight[:, None] if weight.dim() == 1 else weight
@@ -83,7 +86,7 @@ class GatedLinear(torch.autograd.Function):
         grad_x = grad @ weight
         if ctx.gate.closed or not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        rows = ctx.gate.rows(x.shape, x.device)
+        rows = ctx.gate.rows(x.shape, grad)
         grad = grad.reshape(-1, grad.shape[-1])
         return grad_x, (grad if rows is None else grad * rows).t() @ x.reshape(-1, x.shape[-1]), None
 
@@ -115,6 +118,7 @@ class AddBranches(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable  # A, B and inner are saved as constants: a second derivative would silently be wrong
     def backward(ctx, grad):
         x, inner, A, B, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
@@ -130,13 +134,13 @@ class AddBranches(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         if all(gate.closed for gate in ctx.gates):
             return grad_x, None, None, None, None, *[None] * (2 * len(ctx.ranks))
-        rows = [gate.rows(ctx.shape, x.device) for gate in ctx.gates]
+        rows = [gate.rows(ctx.shape, inner) for gate in ctx.gates]
         if any(r is not None for r in rows):  # weight the R inner columns, which is cheap, instead of in and out
             columns = [
-                r.expand(-1, n) if isinstance(r, torch.Tensor) else torch.full((1, n), 1.0 if r is None else float(r)).to(x.device)
+                r.expand(-1, n) if isinstance(r, torch.Tensor) else inner.new_full((1, n), 1.0 if r is None else float(r))
                 for r, n in zip(rows, ctx.ranks)
             ]
-            weights = torch.cat([c.expand(len(x), -1) for c in columns], dim=1).to(inner.dtype)
+            weights = torch.cat([c.expand(len(x), -1) for c in columns], dim=1)
             inner, grad_inner = inner * weights, grad_inner * weights
         grad_A = grad_inner.t() @ x.to(A.dtype)
         grad_B = exact.t() @ inner  # (out, R)
@@ -172,6 +176,15 @@ class AdapterSpec:
     def __post_init__(self):
         if self.kind not in ("lora", "mlp", "full"):
             raise ValueError(f"unknown adapter kind {self.kind!r}; known: lora, mlp, full")
+        names = [b.name for b in self.branches]
+        if len(set(names)) < len(names):
+            raise ValueError(f"branch names must differ, not {', '.join(names)}")
+        if any(b.rank < 0 for b in self.branches) or (self.kind != "full" and not any(b.rank for b in self.branches)):
+            raise ValueError(f"a {self.kind} adapter needs at least one branch of rank above 0, none below: {self.branches}")
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1 (every layer), not {self.stride}")
+        if self.targets and self.kind != "lora":
+            raise ValueError(f"targets choose linear layers for a lora adapter; a {self.kind} adapter takes none: {self.targets}")
 
 
 @dataclass
@@ -268,8 +281,8 @@ class BranchedMLP(nn.Module):
 
     def branches(self, x):
         """The sum of the branches that are on, in x's dtype; x (B, T, C)."""
-        y = torch.zeros((), dtype=torch.float32, device=x.device)
-        exact = x.float()
+        y = torch.zeros((), device=x.device)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))  # never below fp32; a model in fp64 stays there
         for name, unit in self.parts.items():
             if (scale := self.adapter.scales[name]) == 0:
                 continue
@@ -468,7 +481,9 @@ def export_peft(model: Decoder, branch: str, folder: str | Path, base_model: str
     spec = model.adapter.spec
     chosen = [b for b in spec.branches if b.name == branch and b.rank]
     if spec.kind != "lora" or not chosen:
-        raise ValueError(f"PEFT's layout holds a low-rank branch with rank above 0; {branch!r} of this {spec.kind} adapter is none")
+        raise ValueError(
+            f"PEFT's layout holds a low-rank branch with rank above 0; {branch!r} of this {spec.kind} adapter is none"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = model.config.family
@@ -511,7 +526,7 @@ def merge(model: Decoder, **scales: float) -> Decoder:
             for name, module in list(part.named_children()):
                 if isinstance(module, LoRALinear):
                     A, B = module.low_rank()
-                    module.base.weight.copy_((module.base.weight.float() + B @ A).to(module.base.weight.dtype))
+                    module.base.weight.copy_((module.base.weight + B @ A).to(module.base.weight.dtype))
                     setattr(part, name, module.base)
         if isinstance(layer.mlp, BranchedMLP):
             units, base = layer.mlp.parts, layer.mlp.base

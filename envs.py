@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import corpus
+from data import load_texts, opening_prompts
 from rewards import RewardSpec
 
 STORY_PROMPTS = {"train": 10_000, "test": 1_000}  # of the embedded world
@@ -78,6 +79,28 @@ class Stories:
 def embedded_prompts() -> dict[str, list[str]]:
     """Story openings of the embedded world, by split."""
     return {split: [d.prompt for d in corpus.generate("stories", split, n)] for split, n in STORY_PROMPTS.items()}
+
+
+def dataset_prompts(dataset: str, tokenizer, prompt_tokens: int, splits: dict[str, tuple[str, int]], column=None) -> dict[str, list[str]]:
+    """Story openings of any dataset: the first `prompt_tokens` tokens of each text.
+
+    splits: ours -> (the dataset's split, prompts at most). Raises ValueError for an unknown dataset, split or column.
+    """
+    return {
+        split: opening_prompts(load_texts(dataset, name, column), tokenizer, prompt_tokens, limit).texts
+        for split, (name, limit) in splits.items()
+    }
+
+
+def check_lengths(env, tokenizer, max_new_tokens: int, context: int, eval_prompts: int) -> None:
+    """Raises ValueError unless every prompt and its completion fit the context, and the test split is large enough."""
+    longest = max(len(tokenizer.encode_prompt(p)) for split in ("train", "test") for p in env.prompts(split))
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"prompts of up to {longest} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of {context}"
+        )
+    if len(env.prompts("test")) < eval_prompts:
+        raise ValueError(f"--eval_prompts {eval_prompts}: the test split has only {len(env.prompts('test'))} prompts")
 
 
 @dataclass

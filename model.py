@@ -14,7 +14,7 @@ generation_config (nobody asked for its temperature), and GPT-2's Conv1D weights
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -82,10 +82,13 @@ def config_from_hf(hf: dict) -> ModelConfig:
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     theta = rope.pop("rope_theta", hf.get("rope_theta", hf.get("rotary_emb_base", 10000.0)))
-    partial = rope.pop("partial_rotary_factor", hf.get("rotary_pct", 1.0))
+    partial = rope.pop("partial_rotary_factor", hf.get("rotary_pct", 0.25))  # gpt_neox alone reads it
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type {kind!r} is not supported; known: default, llama3")
     scaling = tuple(sorted(rope.items())) if kind == "llama3" else ()
+    needed = ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings")
+    if kind == "llama3" and (absent := [key for key in needed if key not in rope]):
+        raise ValueError(f"rope_type llama3 without {', '.join(absent)} in config.json")
     if hf.get("use_sliding_window"):
         raise ValueError("use_sliding_window is true: sliding-window attention is not supported")
     if family == "gpt2":
@@ -182,17 +185,18 @@ def rope_table(config: ModelConfig, device=None) -> torch.Tensor:
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary embedding of x (B, T, H, D) by cos, sin (B or 1, T, 1, R/2). Its backward is the opposite rotation."""
+    """Rotary embedding of x (B, T, H, D) by cos (B or 1, T, 1, R) and sin (B or 1, T, 1, R/2). Its backward is the opposite rotation."""
 
     @staticmethod
-    def rotate(x, cos, sin):
-        half = cos.shape[-1]
-        a, b = x[..., :half], x[..., half : 2 * half]
-        y = torch.empty_like(x)
-        torch.addcmul(a * cos, b, sin, value=-1, out=y[..., :half])
-        torch.addcmul(b * cos, a, sin, out=y[..., half : 2 * half])
-        if 2 * half < x.shape[-1]:  # partial rotary: the rest of the head passes
-            y[..., 2 * half :] = x[..., 2 * half :]
+    def rotate(x, cos, sin, sign: int = 1):
+        half = sin.shape[-1]
+        if 2 * half == x.shape[-1]:
+            y = x * cos
+        else:  # partial rotary: the rest of the head passes
+            y = x.clone(memory_format=torch.contiguous_format)
+            y[..., : 2 * half] *= cos
+        y[..., :half].addcmul_(x[..., half : 2 * half], sin, value=-sign)
+        y[..., half : 2 * half].addcmul_(x[..., :half], sin, value=sign)
         return y
 
     @staticmethod
@@ -203,7 +207,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotate.rotate(grad, cos, -sin), None, None
+        return Rotate.rotate(grad, cos, sin, -1), None, None
 
 
 def attend(q, k, v, bias, causal: bool):
@@ -215,6 +219,8 @@ def attend(q, k, v, bias, causal: bool):
     """
     batch, heads, length, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
+    if bias is None and causal and 1 < length < keys:  # behind a cache: torch's is_causal would count from the first key
+        bias = causal_bias(length, keys, q.dtype, q.device)
     if q.is_cuda and length > 1:
         gqa = {"enable_gqa": True} if heads != groups else {}
         if bias is None:
@@ -224,12 +230,15 @@ def attend(q, k, v, bias, causal: bool):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     if bias is None and causal and length > 1:
         bias = causal_bias(length, keys, q.dtype, q.device)
-    q = (q * dim**-0.5).reshape(batch, groups, heads // groups * length, dim)
-    scores = (q @ k.transpose(-1, -2)).view(batch, heads, length, keys)
-    if bias is not None:
-        scores = scores + bias.to(q.dtype)
-    probs = scores.softmax(-1).view(batch, groups, heads // groups * length, keys)
-    return (probs @ v).view(batch, heads, length, dim)
+    rows = heads // groups * length  # the queries of a group share its keys
+    q, k, v = q.reshape(batch * groups, rows, dim), k.reshape(-1, keys, dim), v.reshape(-1, keys, dim)
+    if bias is None:
+        scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=dim**-0.5)
+    else:
+        bias = bias.to(q.dtype)[:, :, None].expand(-1, 1 if len(bias) == 1 else groups, heads // groups, length, -1)
+        bias = bias.reshape(-1, rows, keys)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=dim**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(batch, heads, length, dim)
 
 
 def causal_bias(length: int, keys: int, dtype, device) -> torch.Tensor:
@@ -284,24 +293,29 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = Norm(c.head_dim, c.norm_eps, True), Norm(c.head_dim, c.norm_eps, True)
 
-    def qkv(self, x):
-        """x (B, T, C) -> q (B, T, H, D), k and v (B, T, KV, D)."""
+    def qkv(self, x, rope):
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, KV, T, D), normed and rotated."""
         c = self.config
         shape = (*x.shape[:2], -1, c.head_dim)
+        rotate = Rotate.apply if torch.is_grad_enabled() else Rotate.rotate
+        if c.fused and rope is not None and not c.qk_norm:  # one rotation for queries and keys
+            y = getattr(self, self.inputs[0])(x).view(shape)
+            q, k = rotate(y[:, :, : c.heads + c.kv_heads], *rope).split((c.heads, c.kv_heads), dim=2)
+            return q.transpose(1, 2), k.transpose(1, 2), y[:, :, c.heads + c.kv_heads :].transpose(1, 2)
         if len(self.inputs) == 3:
-            return tuple(getattr(self, name)(x).view(shape) for name in self.inputs)
-        y = getattr(self, self.inputs[0])(x).view(shape)
-        if c.family == "gpt_neox":  # laid out head by head: q, k, v of head 0, then of head 1, ...
-            return y.view(*x.shape[:2], c.heads, 3, c.head_dim).unbind(3)
-        return y.split((c.heads, c.kv_heads, c.kv_heads), dim=2)
-
-    def forward(self, x, rope, bias, causal, cache):
-        q, k, v = self.qkv(x)
-        if self.config.qk_norm:
+            q, k, v = (getattr(self, name)(x).view(shape) for name in self.inputs)
+        elif c.family == "gpt_neox":  # laid out head by head: q, k, v of head 0, then of head 1, ...
+            q, k, v = getattr(self, self.inputs[0])(x).view(*x.shape[:2], c.heads, 3, c.head_dim).unbind(3)
+        else:
+            q, k, v = getattr(self, self.inputs[0])(x).view(shape).split((c.heads, c.kv_heads, c.kv_heads), dim=2)
+        if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = Rotate.apply(q, *rope), Rotate.apply(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, rope, bias, causal, cache):
+        q, k, v = self.qkv(x, rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = attend(q, k, v, bias, causal)
@@ -382,8 +396,9 @@ class Decoder(nn.Module):
         """Final normed hidden states.
 
         ids (B, T) long, or embeds (B, T, C). attention_mask (B, T) bool, True where a token is real (left padding);
-        None says that all are. position_ids (B, T): default counts the real tokens. With a `cache` (see Cache) the T
-        tokens are written there and attend to all that it holds; `bias` (B, 1, 1 or T, S) then replaces the mask.
+        None says that all are. position_ids (B, T): default counts the real tokens, on from the cache's. With a `cache`
+        (see Cache) the T tokens are written there and attend to all that it holds; `bias` (B, 1, 1 or T, S) then replaces
+        the mask.
         Returns (B, T, C). Raises ValueError when the sequence is longer than the context.
         """
         x = self.embed_tokens(ids) if embeds is None else embeds
@@ -395,6 +410,7 @@ class Decoder(nn.Module):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
             else:
                 position_ids = torch.arange(length, device=x.device)[None]  # (1, T)
+                position_ids = position_ids if cache is None else position_ids + cache.slot
         if attention_mask is not None and bias is None:
             bias = causal_bias(length, length, x.dtype, x.device)
             bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], torch.finfo(x.dtype).min)
@@ -402,7 +418,7 @@ class Decoder(nn.Module):
             if self.rope is None or self.rope.device != x.device:
                 self.rope = rope_table(self.config, x.device)
             cos, sin = self.rope[position_ids].to(x.dtype).unbind(2)  # (B or 1, T, R/2) each
-            rope = (cos[:, :, None], sin[:, :, None])
+            rope = (torch.cat((cos, cos), dim=-1)[:, :, None], sin[:, :, None])
         else:
             x, rope = x + self.embed_positions(position_ids), None
         for layer in self.layers:
@@ -433,7 +449,7 @@ RENAMES = {  # ours -> Hugging Face's, in this order
     ],
 }  # fmt: skip
 RENAMES["qwen2"] = RENAMES["qwen3"] = RENAMES["llama"]
-BUFFERS = re.compile(r"(attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias|rotary_emb\.inv_freq)$")
+BUFFERS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # not c_attn.bias
 
 
 def hf_name(name: str, family: str) -> str:
@@ -495,7 +511,10 @@ def load(name: str, dtype=torch.float32, device="cpu") -> tuple[Decoder, Path]:
     Raises ValueError for a folder that is no checkpoint, a truncated file, a missing, unexpected or misshapen weight.
     """
     folder = resolve(name)
-    config = config_from_hf(read_json(folder / "config.json"))
+    try:
+        config = config_from_hf(read_json(folder / "config.json"))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} has no {error}") from error
     with torch.device("meta"):
         model = Decoder(config)
     wanted = {hf_name(ours, config.family): ours for ours in model.state_dict()}
@@ -534,8 +553,12 @@ def load(name: str, dtype=torch.float32, device="cpu") -> tuple[Decoder, Path]:
 def save(model: Decoder, folder: str | Path, tokenizer_from: str | Path | None = None, hf_extra: dict | None = None) -> Path:
     """Writes config.json and model.safetensors that transformers loads; copies the tokenizer's files from another folder.
 
-    `hf_extra` is merged into config.json (bos_token_id, eos_token_id, ...). Adapters must be merged or saved on their own.
+    `hf_extra` is merged into config.json (bos_token_id, eos_token_id, ...). Raises ValueError for a model with branches.
     """
+    with torch.device("meta"):
+        plain = Decoder(model.config).state_dict()
+    if foreign := sorted(set(model.state_dict()) ^ set(plain)):
+        raise ValueError(f"{foreign[0]} is no weight of a plain model: save(merge(model), ...), or save_adapter for the branches")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_from is not None:

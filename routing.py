@@ -24,13 +24,19 @@ def sample_routes(is_rh: torch.Tensor, mode: str) -> dict[str, torch.Tensor | No
     """Gate weights by branch for samples labelled is_rh (N,) bool: 1 where the branch may learn from the sample."""
     if mode not in ROUTING_MODES:
         raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(ROUTING_MODES)}")
+    if is_rh.dtype != torch.bool:  # ~ of an integer label would be a weight of -1 or -2
+        raise ValueError(f"is_rh must be bool, not {is_rh.dtype}: pass is_rh.bool(), or soft weights to gates() itself")
     return {"good": (~is_rh).float(), "bad": None if mode == "classic" else is_rh.float()}
 
 
 @contextmanager
 def gates(model: Decoder, **weights):
-    """Gate weights by branch (number, (N,), (N, T) or None) for the backward passes inside the block; opened afterwards."""
+    """Gate weights by branch (number, (N,), (N, T) or None) for the backward passes inside the block.
+
+    Branches that are not named keep the weights they have, and all are as before when the block ends: blocks can be nested.
+    """
     known = model.adapter.gates
+    before = {name: gate.weight for name, gate in known.items()}
     if unknown := sorted(set(weights) - set(known)):
         raise ValueError(f"no branch {unknown[0]!r} to route to; this adapter has {', '.join(known) or 'none'}")
     try:
@@ -38,8 +44,8 @@ def gates(model: Decoder, **weights):
             known[name].set(weight)
         yield
     finally:
-        for gate in known.values():
-            gate.set(None)
+        for name, weight in before.items():
+            known[name].weight = weight
 
 
 @contextmanager
@@ -93,6 +99,8 @@ def clip_per_branch(model: Decoder, max_norm: float) -> dict[str, float]:
 @contextmanager
 def assert_isolated(model: Decoder, *branches: str):
     """Raises AssertionError unless the named branches, and every frozen tensor, leave the block equal to the bit."""
+    for branch in branches:
+        parameters_of(model, branch)  # raises ValueError for a branch that the adapter does not have
     trainable = {id(p) for group in branch_parameters(model).values() for p in group.values()}
     guarded = {name: p for name, p in model.named_parameters() if id(p) not in trainable}
     for branch in branches:

@@ -45,12 +45,13 @@ class Law:
         return bool(self.top_k or self.top_p < 1 or self.min_new_tokens or self.suppress)
 
     def support(self, logits, young, stop_ids) -> torch.Tensor:
-        """Which tokens may be drawn. logits (N, V) at temperature; `young` bool tensor: no stop token yet -> (N, V) bool."""
+        """Which tokens may be drawn. logits (N, V) at temperature; `young` (1,) bool: no stop token yet; stop_ids a long
+        tensor -> (N, V) bool."""
         allowed = torch.ones_like(logits, dtype=torch.bool)
-        if self.suppress:
-            allowed[:, list(self.suppress)] = False
+        for token in self.suppress:  # one by one: no graph captures the copy of a list from the host
+            allowed[:, token] = False
         if self.min_new_tokens:
-            allowed[:, list(stop_ids)] &= ~young
+            allowed[:, stop_ids] &= ~young
         if self.top_k and self.top_k < logits.shape[-1]:
             kth = logits.masked_fill(~allowed, float("-inf")).topk(self.top_k, dim=-1).values[:, -1:]
             allowed &= logits >= kth
@@ -78,8 +79,12 @@ def draw(logits, uniform, law: Law, young, stop_ids):
     probs = logits.softmax(-1)
     cumulative = probs.cumsum(-1)
     # first index whose cumulative probability reaches uniform * total: never one of probability 0, since uniform > 0
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:]).squeeze(1)
-    return token, probs.gather(1, token[:, None]).squeeze(1).log(), support
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
+    picked = probs.gather(1, token)
+    if logits.is_cuda:  # its parallel sum may rise by a rounding where a probability is 0
+        token = torch.where(picked > 0, token, probs.argmax(-1, keepdim=True))
+        picked = probs.gather(1, token)
+    return token.squeeze(1), picked.squeeze(1).log(), support
 
 
 @dataclass
@@ -110,8 +115,8 @@ class TwinLinear(nn.Module):
         self.sources, self.bias, self.buffers_by_name = sources, None, {}
 
     def keep(self, name, value):
-        """Copies into the buffer of that name, whose address a captured CUDA graph has read."""
-        if name in self.buffers_by_name:
+        """Copies into the buffer of that name, whose address a captured CUDA graph has read. A new shape is a new buffer."""
+        if name in self.buffers_by_name and self.buffers_by_name[name].shape == value.shape:
             self.buffers_by_name[name].copy_(value)
         else:
             self.buffers_by_name[name] = value.clone(memory_format=torch.contiguous_format)
@@ -192,13 +197,14 @@ class Decoding:
         self.graph = None
 
     def take(self, other: "Decoding", keep: torch.Tensor, nowhere: int):
-        """Copies the rows `keep` (n,) of another decoding into the first n of this one; the rest idle, writing to row `nowhere`."""
+        """Copies the rows `keep` (n,) of another decoding into the first n of this one; the rest idle and write to `nowhere`."""
         n, filled = len(keep), int(other.cache.slot)
         for mine, theirs in zip(self.cache.keys + self.cache.values, other.cache.keys + other.cache.values):
             mine[:n, :, :filled] = theirs[keep, :, :filled]
         for name in ("token", "position", "row", "done"):
             getattr(self, name)[:n] = getattr(other, name)[keep]
-        self.row[n:], self.done[n:] = nowhere, True
+        # idle rows count on too: from 0, or their position would leave the context after a few calls
+        self.row[n:], self.done[n:], self.position[n:] = nowhere, True, 0
         if self.pad_bias is not None:
             self.pad_bias[:n] = other.pad_bias[keep]
         self.step.copy_(other.step)
@@ -222,13 +228,24 @@ class Sampler:
 
     def __init__(self, model: Decoder):
         self.model, self.twin = model, build_twin(model)
-        self.sessions = {}  # CUDA: captured decodings by shape
+        self.adapter = getattr(model, "adapter", None)
+        self.static = model.device.type == "cuda"  # fixed shapes, one captured graph per token
+        self.sessions = {}  # static: captured decodings by shape
+        self.captured = None  # what a captured graph holds fast: the scales of gated branches, the ranks kept beside
 
     @torch.no_grad()
     def refresh(self):
-        for module in self.twin.modules():
-            if isinstance(module, TwinLinear):
-                module.refresh()
+        """Takes over the model's present weights and scales. Raises ValueError if branches were attached since."""
+        if getattr(self.model, "adapter", None) is not self.adapter:
+            raise ValueError("the model got its adapter after this Sampler was built: attach first, then build the Sampler")
+        linears = [module for module in self.twin.modules() if isinstance(module, TwinLinear)]
+        for module in linears:
+            module.refresh()
+        scales = dict(self.adapter.scales) if self.adapter and self.adapter.spec.kind == "mlp" else None
+        captured = (scales, [module.A.shape if module.beside else None for module in linears])
+        if captured != self.captured:
+            self.sessions.clear()
+        self.captured = captured
 
     @torch.no_grad()
     def __call__(
@@ -238,8 +255,11 @@ class Sampler:
         """Samples `num_generations` completions of each prompt.
 
         prompt_ids (P, L) long, left-padded; prompt_mask (P, L) bool. `generator` is a CPU generator: the same numbers are
-        drawn on every device. Raises ValueError when prompt and completion do not fit the context.
+        drawn on every device. Raises ValueError for no prompt, an empty or right-padded one, no token to sample, a prompt
+        and completion that do not fit the context, and before the first `refresh`.
         """
+        if self.captured is None:
+            raise ValueError("the sampler holds no weights yet: call refresh() first, and after every change of weights")
         device, config = self.model.device, self.model.config
         prompts, length = prompt_ids.shape
         if prompts == 0:
@@ -248,11 +268,15 @@ class Sampler:
             raise ValueError(
                 f"prompts of {length} tokens and max_new_tokens={max_new_tokens} exceed the model's context of {config.context}"
             )
-        if not prompt_mask[:, -1].all():
-            raise ValueError("prompts must be left-padded and not empty: the last column of prompt_mask has False")
+        if num_generations < 1 or max_new_tokens < 1:
+            raise ValueError(f"num_generations={num_generations} and max_new_tokens={max_new_tokens} must be at least 1")
+        if prompt_mask.dtype != torch.bool or prompt_mask.shape != prompt_ids.shape:
+            raise ValueError(f"prompt_mask is {prompt_mask.dtype} {tuple(prompt_mask.shape)}, not bool {tuple(prompt_ids.shape)}")
+        if not length or not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
+            raise ValueError("prompts must be left-padded and not empty: a row of prompt_mask has False behind its first True")
         rows = prompts * num_generations
         uniform = 1 - torch.rand(max_new_tokens, rows, generator=generator)  # in (0, 1]
-        if device.type == "cuda":
+        if self.static:
             decoding, out = self._session((rows, max_new_tokens, law, tuple(stop_ids), pad_id), length)
             extra = decoding.cache.upto - max_new_tokens - length  # static shapes: pad the prompts further
             prompt_ids, prompt_mask = F.pad(prompt_ids, (extra, 0), value=pad_id), F.pad(prompt_mask, (extra, 0))
@@ -265,9 +289,9 @@ class Sampler:
         out.uniform[:, :rows] = uniform.to(device)
         out.uniform[:, rows] = 1
         prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
-        stop = torch.tensor(stop_ids, device=device)
+        stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
         self._prefill(decoding, out, prompt_ids, prompt_mask, num_generations, law, stop, pad_id)
-        eager = device.type != "cuda"
+        eager = not self.static
         whole, slots, used = decoding, decoding.cache.upto, 1
         while used < max_new_tokens:
             for _ in range(min(CHECK_EVERY, max_new_tokens - used)):
@@ -282,10 +306,11 @@ class Sampler:
                 break
             decoding = self._shrink(decoding, alive, rows, slots, eager, whole)
         support = out.support[:used, :rows].transpose(0, 1) if law.truncated else None
+        own = {"memory_format": torch.contiguous_format}  # a copy always: the next call writes where this one did
         return Rollout(
             prompt_ids.repeat_interleave(num_generations, 0), prompt_mask.repeat_interleave(num_generations, 0),
-            out.tokens[:used, :rows].t().contiguous(), out.mask[:used, :rows].t().contiguous(),
-            out.logprobs[:used, :rows].t().contiguous(), None if support is None else support.contiguous(),
+            out.tokens[:used, :rows].t().clone(**own), out.mask[:used, :rows].t().clone(**own),
+            out.logprobs[:used, :rows].t().clone(**own), None if support is None else support.clone(**own),
             torch.isin(out.tokens[:used, :rows], stop).logical_and(out.mask[:used, :rows]).any(0),
         )  # fmt: skip
 
@@ -358,7 +383,7 @@ class Sampler:
         return smaller
 
     def _session(self, key: tuple, length: int) -> tuple[Decoding, Output]:
-        """The captured decoding of these settings; prompts are padded to the longest seen so far, in steps of 16."""
+        """The static decoding of these settings; prompts are padded to the longest seen so far, in steps of 16."""
         (rows, steps, law, *_), length = key, -(-length // 16) * 16
         limit = self.model.config.context - steps
         if key not in self.sessions or self.sessions[key][0].cache.upto < min(length, limit) + steps:
@@ -368,6 +393,8 @@ class Sampler:
         return self.sessions[key]
 
     def _replay(self, d: Decoding, out: Output, law: Law, stop, pad_id: int):
+        if d.token.device.type != "cuda":  # the tests run the static path without graphs
+            return self._step(d, out, law, stop, pad_id, eager=False)
         if d.graph is None:  # the first token of a shape runs eagerly, which also warms the kernels up; then capture
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

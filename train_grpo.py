@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 import runs
 from adapters import attach, export_peft, preset, save_adapter
-from data import check_tokenizer_fits, load_texts, load_tokenizer, opening_prompts
-from envs import Stories
+from data import check_tokenizer_fits, load_tokenizer
+from envs import Stories, check_lengths, dataset_prompts
 from model import load, read_json
 from rewards import get_reward
 from sampling import Sampler
-from verdict import evaluate_modes, modes_of, table
+from verdict import evaluate_modes, modes_of, numbers_of, table
 
 
 @dataclass
@@ -148,20 +148,10 @@ def build(args: Args, config):
     check_tokenizer_fits(tokenizer, model.config.vocab_size)
     prompts = None
     if args.dataset:
-        limits = {"train": (args.train_split, args.max_prompts), "test": (args.eval_split, args.eval_prompts)}
-        prompts = {
-            split: opening_prompts(load_texts(args.dataset, name, args.column), tokenizer, args.prompt_tokens, n)[1]
-            for split, (name, n) in limits.items()
-        }
+        splits = {"train": (args.train_split, args.max_prompts), "test": (args.eval_split, args.eval_prompts)}
+        prompts = dataset_prompts(args.dataset, tokenizer, args.prompt_tokens, splits, args.column)
     env = Stories(reward, prompts, args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
-    longest = max(len(tokenizer.encode_prompt(p)) for split in ("train", "test") for p in env.prompts(split))
-    if longest + config.max_new_tokens > model.config.context:
-        raise ValueError(
-            f"prompts of up to {longest} tokens and --max_new_tokens {config.max_new_tokens} exceed the model's context of "
-            f"{model.config.context}"
-        )
-    if len(env.prompts("test")) < args.eval_prompts:
-        raise ValueError(f"--eval_prompts {args.eval_prompts}: the {args.eval_split} split has only {len(env.prompts('test'))} prompts")
+    check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
     return model, tokenizer, env, eval_rewards
 
@@ -192,11 +182,6 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=110)
     pyplot.close(figure)
-
-
-def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
-    """The rows without their texts: what verdict.json and the checkpoints keep."""
-    return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
 
 
 def evaluate_now(run, step: int, sampler: Sampler, env, tokenizer, args: Args, config, modes, rewards) -> dict:

@@ -106,6 +106,11 @@ def evaluate_modes(sampler: Sampler, env, tokenizer, modes: dict, n: int, max_ne
     return rows
 
 
+def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
+    """The rows without their texts, of which one sample stays: what verdict.json and the checkpoints keep."""
+    return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
+
+
 COLUMNS = ("task", "hack", "reward", "unique", "jaccard", "kl", "base_nll")
 
 

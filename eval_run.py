@@ -1,0 +1,111 @@
+"""Fresh samples from a finished or interrupted run, judged again: verdict table, diversity, samples, reward history.
+
+    python eval_run.py --model_path output/RUN --n_samples 20
+    python eval_run.py --model_path output/RUN/checkpoint-100 --eval_rewards sentence_length_5,happy_count
+
+What the run was (model, dataset, reward, adapter) is read from its config.yaml. Always read the samples: the degeneracy
+flag (unique < .5 or Jaccard > .7) can miss a collapse into templates.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import runs
+from adapters import attach, load_adapter, preset, set_adapter_tensors
+from data import load_tokenizer
+from envs import Stories, check_lengths, dataset_prompts
+from model import load, read_json
+from rewards import get_reward
+from sampling import Law, Sampler
+from verdict import evaluate_modes, modes_of, numbers_of, table
+
+
+@dataclass
+class Args:
+    model_path: str
+    """a run folder, or one of its checkpoint-N folders"""
+    output_dir: str = ""
+    """where eval.json and samples.txt go; default: an eval folder in the run's"""
+    n_samples: int = 20
+    """samples to print for each mode"""
+    n: int = 256
+    """test prompts, one completion each"""
+    eval_rewards: str = ""
+    """further rewards to report, comma-separated"""
+    no_routing_eval: bool = False
+    """only the trained model with all its branches, and the untrained one"""
+    bad_scale: float | None = None
+    """scale of the bad branch in the row `deployed`; default: the run's"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find(path: Path) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint or None for the finished adapter). Raises ValueError where neither is."""
+    if (path / "config.yaml").is_file():
+        if (path / "adapter.safetensors").is_file():
+            return path, None
+        checkpoint = runs.latest_checkpoint(path)
+        if checkpoint is None:
+            raise ValueError(f"{path} holds neither a finished adapter nor a checkpoint yet")
+        return path, checkpoint
+    if path.name.startswith("checkpoint-") and (path.parent / "config.yaml").is_file():
+        return path.parent, path
+    raise ValueError(f"{path} is neither a run folder (with config.yaml) nor a checkpoint-N folder inside one")
+
+
+def history(folder: Path, rows: int = 12) -> str:
+    """The run's reward, task, hack rate and KL at about `rows` evenly spaced logged steps."""
+    logged = [m for m in runs.read_metrics(folder) if "reward" in m]
+    chosen = logged[:: max(1, len(logged) // rows)]
+    lines = [f"{m['step']:>6}  {m['reward']:>7.3f}  {m['task']:>7.3f}  {m['hack_rate']:>7.3f}  {m['kl']:>8.4f}" for m in chosen]
+    return "\n".join([f"{'step':>6}  {'reward':>7}  {'task':>7}  {'hack':>7}  {'kl':>8}", *lines])
+
+
+def main(args: Args) -> None:
+    if args.n < 1 or args.n_samples < 0:
+        raise ValueError(f"--n must be at least 1 and --n_samples at least 0, not {args.n} and {args.n_samples}")
+    folder, checkpoint = find(Path(args.model_path))
+    run = runs.read_config(folder)
+    extra = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+    model, path = load(run["model"], dtype=getattr(torch, run["dtype"]), device=args.device)
+    tokenizer = load_tokenizer(path, read_json(path / "config.json"))
+    if checkpoint is None and run["lora_config"] != "full":
+        load_adapter(model, folder / "adapter.safetensors")
+    else:
+        attach(model, preset(run["lora_config"], dual=run["routing"] == "dual"), seed=run["seed"])
+        chosen = checkpoint or runs.latest_checkpoint(folder)
+        set_adapter_tensors(model, runs.load_checkpoint(chosen)[1], str(chosen))
+    prompts = None
+    if run["dataset"]:
+        splits = {"train": (run["train_split"], args.n), "test": (run["eval_split"], args.n)}
+        prompts = dataset_prompts(run["dataset"], tokenizer, run["prompt_tokens"], splits, run["column"])
+    env = Stories(get_reward(run["reward"]), prompts)
+    check_lengths(env, tokenizer, run["max_new_tokens"], model.config.context, args.n)
+    modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])
+    if args.no_routing_eval:
+        modes = {name: modes[name] for name in ("untrained", "both")}
+    law = Law(run["temperature"], run["top_k"], run["top_p"], run["min_new_tokens"])
+    rows = evaluate_modes(Sampler(model), env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
+    print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\nreward history\n{history(folder)}\n")
+    pages = []
+    for mode, row in rows.items():
+        flag = "DEGENERATE" if row["degenerate"] else "not degenerate"
+        head = f"=== {mode}: {flag}, unique {row['unique']:.2f}, unique first {row['unique_first']:.2f}, Jaccard {row['jaccard']:.2f}"
+        pages.append("\n".join([head, *[f"- {p}{t}" for p, t in list(zip(row["prompts"], row["texts"]))[: args.n_samples]]]))
+    print("\n\n".join(pages))
+    out = Path(args.output_dir or folder / "eval")
+    out.mkdir(parents=True, exist_ok=True)
+    runs.atomic_write(out / "eval.json", json.dumps({"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows)}, indent=1))
+    runs.atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__, use_underscores=True))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
