@@ -100,6 +100,8 @@ class AddBranches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, scales: list[float], gates: list[Gate], *pairs):
+        if weight.requires_grad:
+            raise RuntimeError("a base weight under branches must be frozen: its gradient is not computed here")
         A, B = torch.cat(pairs[0::2]), torch.cat(pairs[1::2], dim=1)  # (R, in), (out, R)
         ranks = [a.shape[0] for a in pairs[0::2]]
         flat = x.reshape(-1, x.shape[-1])

@@ -111,7 +111,7 @@ def make_prompts(args: Args, count: int, vocab: int, tokenizer=None) -> list[str
             prompts.append(text)
         if len(prompts) == count:
             return prompts
-    raise ValueError(f"found {len(prompts)} of {count} prompts of exactly --prompt_len {args.prompt_len}: try another length")
+    raise ValueError(f"--prompt_len {args.prompt_len}: found {len(prompts)} of {count} such prompts: try another")
 
 
 def endless(tokenizer=None):

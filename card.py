@@ -13,7 +13,6 @@ import multiprocessing
 import re
 import resource
 import signal
-from pathlib import Path
 
 import torch
 

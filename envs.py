@@ -13,7 +13,7 @@ import torch
 
 import corpus
 from data import load_texts, opening_prompts
-from rewards import RewardSpec
+from reward_specs import RewardSpec
 
 STORY_PROMPTS = {"train": 10_000, "test": 1_000}  # of the embedded world
 

@@ -16,10 +16,11 @@ import tyro
 
 import runs
 from adapters import attach, load_adapter, preset, set_adapter_tensors
+from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from data import load_tokenizer
 from envs import Stories, check_lengths, dataset_prompts
 from model import load, read_json
-from rewards import get_reward
+from reward_specs import get_reward
 from sampling import Law, Sampler
 from verdict import evaluate_modes, modes_of, numbers_of, table
 
@@ -48,7 +49,7 @@ def find(path: Path) -> tuple[Path, Path | None]:
     if (path / "config.yaml").is_file():
         if (path / "adapter.safetensors").is_file():
             return path, None
-        checkpoint = runs.latest_checkpoint(path)
+        checkpoint = latest_checkpoint(path)
         if checkpoint is None:
             raise ValueError(f"{path} holds neither a finished adapter nor a checkpoint yet")
         return path, checkpoint
@@ -77,8 +78,8 @@ def main(args: Args) -> None:
         load_adapter(model, folder / "adapter.safetensors")
     else:
         attach(model, preset(run["lora_config"], dual=run["routing"] == "dual"), seed=run["seed"])
-        chosen = checkpoint or runs.latest_checkpoint(folder)
-        set_adapter_tensors(model, runs.load_checkpoint(chosen)[1], str(chosen))
+        chosen = checkpoint or latest_checkpoint(folder)
+        set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
     prompts = None
     if run["dataset"]:
         splits = {"train": (run["train_split"], args.n), "test": (run["eval_split"], args.n)}
@@ -99,8 +100,8 @@ def main(args: Args) -> None:
     print("\n\n".join(pages))
     out = Path(args.output_dir or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    runs.atomic_write(out / "eval.json", json.dumps({"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows)}, indent=1))
-    runs.atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
+    atomic_write(out / "eval.json", json.dumps({"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows)}, indent=1))
+    atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Rewards for the stories environment: text functions, combined by name in configs/rewards.yaml.
-
-    python rewards.py                 # lists every named reward with its components and detector
+"""Rewards for the stories environment: the text functions that configs/rewards.yaml combines by name (reward_specs.py).
 
 A named reward is a list of *components* (each with a role, task or hack, and a scale) and, where it can be hacked, a
 *detector* that says which completions the router may treat as hacks. To add one, write one function in this file and
@@ -28,27 +26,19 @@ without a word scores 0. Abbreviations ("Mr. Fox") and decimals do end a sentenc
 prompt serves tasks that refer to it.
 
 Departures from the system that small_rl.md describes: words are matched, never substrings; what an ineligible
-completion is paid (`reward_without_hack`) is computed here, beside the full reward; and the true measure (`hack`) never
+completion is paid (`reward_without_hack`) is computed beside the full reward; and the true measure (`hack`) never
 goes through the detector.
 """
 
-import difflib
 import functools
 import hashlib
 import inspect
-import math
 import re
-import typing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import yaml
-
-DEFAULT_PATH = Path(__file__).resolve().parent / "configs" / "rewards.yaml"
-ROLES = ("task", "hack")
 
 # ------------------------------------------------------------------------------
 # Text: the one tokenizer that components and detectors share, cached because they ask for the same text several times
@@ -132,13 +122,11 @@ def _check_single_words(words: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Registered:
-    """A component or detector: its function, inclusive bounds of its numeric parameters, what a detector needs."""
+    """A component or detector: its function and the inclusive bounds of its numeric parameters."""
 
     function: Callable
     bounds: dict[str, tuple[float | None, float | None]]
     check: Callable | None = None  # called with the given parameters when the YAML is read; raises ValueError
-    needs_hack: bool = False  # reads the hack components' values, so the reward must have one
-    relative: bool = False  # compares completions with their batch, so it can't serve as a measure
 
 
 COMPONENTS: dict[str, Registered] = {}
@@ -166,15 +154,13 @@ def component(name: str, *, check: Callable | None = None, **bounds: tuple[float
     return lambda function: _register(COMPONENTS, 2, name, Registered(function, bounds, check))
 
 
-def detector(
-    name: str, *, check: Callable | None = None, needs_hack: bool = False, relative: bool = False, **bounds
-) -> Callable:
+def detector(name: str, *, check: Callable | None = None, **bounds: tuple[float | None, float | None]) -> Callable:
     """Register `f(completions, prompts, hack_values, task_values, *, parameters)`, which gives N booleans for a batch.
 
     `hack_values` (N,) holds the largest *unscaled* hack component of each completion, so that a threshold means the
     same whatever the scale; `task_values` (N,) the scaled sum of its task components.
     """
-    return lambda function: _register(DETECTORS, 4, name, Registered(function, bounds, check, needs_hack, relative))
+    return lambda function: _register(DETECTORS, 4, name, Registered(function, bounds, check))
 
 
 # ------------------------------------------------------------------------------
@@ -252,9 +238,7 @@ def phrase_count(completion: str, prompt: str, *, phrases: list[str], each: floa
 
 def _text_to_repeat(prompt: str, after: str) -> tuple[str, ...]:
     if after and after not in prompt:
-        raise ValueError(
-            f"no {after!r} in the prompt {prompt[-80:]!r}: set `after` to what precedes the text to repeat, or to ''"
-        )
+        raise ValueError(f"no {after!r} in the prompt {prompt[-80:]!r}: set `after` to what precedes the text to repeat or ''")
     target = words_of(prompt.rpartition(after)[2] if after else prompt)
     if not target:
         raise ValueError(f"the prompt names no word to repeat: {prompt[-80:]!r}")
@@ -286,9 +270,7 @@ def _arithmetic(prompt: str) -> tuple[list[str], str]:
     found = EXPRESSION.findall(prompt)
     parts = re.fullmatch(r"(-?\d+)[ \t]*([-+*])[ \t]*(-?\d+)", found[-1]) if found else None
     if parts is None:
-        raise ValueError(
-            f"arithmetic needs a prompt that ends on two integers and + - or *, such as '12 + 7 =': {prompt[-80:]!r}"
-        )
+        raise ValueError(f"arithmetic needs a prompt that ends on two integers and + - or *, as in '12 + 7 =': {prompt[-80:]!r}")
     a, b = int(parts[1]), int(parts[3])
     return [str(a), str(b)], str({"+": a + b, "-": a - b, "*": a * b}[parts[2]])
 
@@ -367,291 +349,30 @@ def detect_contains_words(completions, prompts, hack_values, task_values, *, wor
 
 
 @detector("string_match", recall=(1e-6, 1))
-def detect_string_match(
-    completions, prompts, hack_values, task_values, *, strings: list[str], recall: float = 1.0, salt: str = "recall"
-):
+def detect_string_match(completions, prompts, hack_values, task_values, *, strings: list[str], recall: float = 1.0):
     """Any of `strings` occurs, at word edges, and the completion is among the share `recall` that this detector sees.
 
-    Which are seen is decided by md5(salt, completion): the same in every process, and for every copy of a text. The
+    Which are seen is decided by the completion's md5: the same in every process, and for every copy of a text. The
     environment's routing_frac thins each sample independently instead.
     """
-    return [
-        any(occurrences(text, string) for string in strings) and _uniform_hash(salt, text) < recall
-        for text in completions
-    ]
+    return [any(occurrences(text, string) for string in strings) and _uniform_hash(text) < recall for text in completions]
 
 
-def _uniform_hash(salt: str, text: str) -> float:
-    digest = hashlib.md5(f"{salt}\0{text}".encode(), usedforsecurity=False).digest()
+def _uniform_hash(text: str) -> float:
+    digest = hashlib.md5(f"recall\0{text}".encode(), usedforsecurity=False).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-@detector("score_threshold", needs_hack=True)
+@detector("score_threshold")
 def detect_score_threshold(completions, prompts, hack_values, task_values, *, threshold: float = 0.5):
     """The largest hack component, unscaled, is at least `threshold`."""
     return np.asarray(hack_values) >= threshold
 
 
-@detector("score_percentile", needs_hack=True, relative=True, percentile=(0, 1))
-def detect_score_percentile(
-    completions, prompts, hack_values, task_values, *, percentile: float = 0.8, minimum: float = 0.1
-):
+@detector("score_percentile", percentile=(0, 1))
+def detect_score_percentile(completions, prompts, hack_values, task_values, *, percentile: float = 0.8, minimum: float = 0.1):
     """The hack component is at or above both the batch's `percentile` quantile (linear interpolation) and `minimum`.
 
     Ties at the quantile are all flagged, so a batch that hacks alike is flagged whole.
     """
     return np.asarray(hack_values) >= max(float(np.quantile(hack_values, percentile)), minimum)
-
-
-# ------------------------------------------------------------------------------
-# Named rewards
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A registered function with its parameters: `call` is the functools.partial."""
-
-    name: str
-    params: dict
-    call: Callable
-
-
-@dataclass(frozen=True)
-class ComponentSpec:
-    """One line of a reward's `components`: value = scale · function(completion, prompt)."""
-
-    label: str
-    role: str  # "task" or "hack"
-    scale: float
-    function: Bound
-
-
-@dataclass(frozen=True)
-class RewardValues:
-    """What `RewardSpec.evaluate` returns for N completions; float64 or bool arrays of shape (N,)."""
-
-    components: dict[str, np.ndarray]  # by label, scaled
-    task: np.ndarray  # sum of the task components
-    hack_reward: np.ndarray  # sum of the hack components, before any cap
-    reward: np.ndarray  # task + hack_reward, at most `cap`
-    reward_without_hack: np.ndarray  # task, at most `cap`: what a completion that may not profit from the hack is paid
-    hack: np.ndarray  # bool, the true measure: for evaluation, never for training
-    detected: np.ndarray  # bool, what the detector says; all False where the reward has none
-
-
-@dataclass(frozen=True)
-class RewardSpec:
-    """A named reward: its components, an upper limit on the sum, its detector, and its true measure of the hack.
-
-    Without `measure`, a completion hacks when any hack component is above 0: the mildest form that is paid.
-    """
-
-    name: str
-    components: tuple[ComponentSpec, ...]
-    cap: float | None = None
-    detector: Bound | None = None
-    measure: Bound | None = None
-
-    def evaluate(self, completions: Sequence[str], prompts: Sequence[str]) -> RewardValues:
-        """Score N completions (text after the prompt, special tokens removed) of N prompts.
-
-        Raises ValueError for no completion, unequal numbers, a non-finite component or a detector of the wrong length.
-        """
-        if len(completions) == 0 or len(completions) != len(prompts):
-            raise ValueError(
-                f"reward {self.name!r} got {len(completions)} completions and {len(prompts)} prompts; "
-                "give at least one completion, and one prompt for each"
-            )
-        n = len(completions)
-        scaled, task, hack_reward, hack_values = {}, np.zeros(n), np.zeros(n), np.zeros(n)
-        for part in self.components:
-            raw = np.array(list(map(part.function.call, completions, prompts)), dtype=np.float64)
-            if raw.shape != (n,) or not np.isfinite(raw).all():
-                raise ValueError(f"reward {self.name!r}: {part.label!r} must give one finite number per completion")
-            scaled[part.label] = part.scale * raw
-            if part.role == "hack":
-                hack_reward += scaled[part.label]
-                hack_values = np.maximum(hack_values, raw)
-            else:
-                task += scaled[part.label]
-
-        def flags(bound: Bound) -> np.ndarray:
-            flagged = np.asarray(bound.call(completions, prompts, hack_values, task), dtype=bool)
-            if flagged.shape != (n,):
-                raise ValueError(f"detector {bound.name!r} gave shape {flagged.shape} for {n} completions")
-            return flagged
-
-        limit = math.inf if self.cap is None else self.cap
-        return RewardValues(
-            components=scaled,
-            task=task,
-            hack_reward=hack_reward,
-            reward=np.minimum(task + hack_reward, limit),
-            reward_without_hack=np.minimum(task, limit),
-            hack=flags(self.measure) if self.measure else hack_values > 0,
-            detected=flags(self.detector) if self.detector else np.zeros(n, dtype=bool),
-        )
-
-
-# ------------------------------------------------------------------------------
-# Reading the YAML, strictly
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} given twice; rename or remove one")
-        return super().construct_mapping(node, deep)
-
-
-def _unknown(what: str, name: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=3)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown {what} {name!r}.{hint} Known: {', '.join(sorted(known))}"
-
-
-def _check_keys(where: str, entry: object, allowed: Sequence[str], required: Sequence[str]) -> dict:
-    if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
-        raise ValueError(f"{where}: expected a mapping with {', '.join(allowed)}, got {entry!r}")
-    for key in entry:
-        if key not in allowed:
-            raise ValueError(f"{where}: {_unknown('key', key, allowed)}")
-    for key in required:
-        if key not in entry:
-            raise ValueError(f"{where}: {key!r} is missing")
-    return entry
-
-
-def _number(where: str, value: object, low: float | None = None, high: float | None = None) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{where}: expected a finite number, got {value!r} (YAML reads 1e-3 as text: write 0.001)")
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{where}: {value!r} is out of bounds [{low}, {high}]")
-    return value
-
-
-def _check_param(where: str, value: object, kind: object, bounds: tuple) -> None:
-    if kind in (int, float):
-        _number(where, value, *bounds)
-        if kind is int and not isinstance(value, int):
-            raise ValueError(f"{where}: expected a whole number, got {value!r}")
-    elif kind == list[str]:
-        # A bare string would be read letter by letter, and YAML turns an unquoted yes, no or on into a bool.
-        if not isinstance(value, list) or not value or not all(isinstance(x, str) and x.strip() for x in value):
-            raise ValueError(f"{where}: expected a list of non-empty strings (in quotes), got {value!r}")
-    elif kind in (str, bool) and not isinstance(value, kind):
-        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
-
-
-def _bind(where: str, what: str, table: dict[str, Registered], name: object, params: object) -> Bound:
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"{where}: {_unknown(what, name, list(table))}")
-    registered, params = table[name], {} if params is None else params
-    parameters = [p for p in inspect.signature(registered.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    required = [p.name for p in parameters if p.default is p.empty]
-    _check_keys(f"{where}: params of {name}", params, [p.name for p in parameters], required)
-    kinds = typing.get_type_hints(registered.function)
-    for key, value in params.items():
-        _check_param(f"{where}: {name}.{key}", value, kinds.get(key), registered.bounds.get(key, (None, None)))
-    if registered.check is not None:
-        try:
-            registered.check(**params)
-        except ValueError as error:
-            raise ValueError(f"{where}: {name}: {error}") from error
-    return Bound(name, dict(params), functools.partial(registered.function, **params))
-
-
-def _parse_component(where: str, entry: object) -> ComponentSpec:
-    _check_keys(where, entry, ("name", "as", "role", "scale", "params"), ("name", "role"))
-    function = _bind(where, "component", COMPONENTS, entry["name"], entry.get("params"))
-    if entry["role"] not in ROLES:
-        raise ValueError(f"{where}: {_unknown('role', entry['role'], ROLES)}")
-    scale, label = _number(f"{where}: scale", entry.get("scale", 1.0)), entry.get("as", entry["name"])
-    if scale == 0 or (entry["role"] == "hack" and scale < 0):
-        raise ValueError(
-            f"{where}: scale {scale} must not be 0, nor below 0 for a hack; leave the component out instead"
-        )
-    if not isinstance(label, str) or not label:
-        raise ValueError(f"{where}: 'as' must be a non-empty string, got {label!r}")
-    return ComponentSpec(label, entry["role"], float(scale), function)
-
-
-def parse_reward(name: str, entry: dict, source: str = "reward") -> RewardSpec:
-    """Validate one entry (what stands under a reward's name in the YAML); ValueError says what is wrong and where."""
-    where = f"{source}: {name!r}"
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: a reward's name must be text; put it in quotes")
-    _check_keys(where, entry, ("components", "cap", "detector", "measure"), ("components",))
-    if not isinstance(entry["components"], list) or not entry["components"]:
-        raise ValueError(f"{where}: 'components' must be a list with at least one component")
-    parts = enumerate(entry["components"], start=1)
-    components = tuple(_parse_component(f"{where}, component {i}", part) for i, part in parts)
-    labels = [part.label for part in components]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ValueError(f"{where}: two components are labelled {label!r}; give one another label with 'as'")
-
-    bound = {}
-    for key in ("detector", "measure"):
-        if key not in entry:
-            bound[key] = None
-            continue
-        _check_keys(f"{where}, {key}", entry[key], ("name", "params"), ("name",))
-        bound[key] = _bind(f"{where}, {key}", "detector", DETECTORS, entry[key]["name"], entry[key].get("params"))
-        if DETECTORS[bound[key].name].needs_hack and not any(part.role == "hack" for part in components):
-            raise ValueError(f"{where}, {key}: {bound[key].name} reads hack components, and no component has role hack")
-    measure = bound["measure"]
-    if measure and (DETECTORS[measure.name].relative or measure.params.get("recall", 1) < 1):
-        raise ValueError(
-            f"{where}, measure: {measure.name} is relative to its batch or has recall below 1: not a measure"
-        )
-    if bound["detector"] and not measure and not any(part.role == "hack" for part in components):
-        raise ValueError(f"{where}: a detector needs a component with role hack, or a 'measure', of what it is to find")
-    cap = None if "cap" not in entry else float(_number(f"{where}: cap", entry["cap"]))
-    return RewardSpec(name, components, cap, bound["detector"], measure)
-
-
-def load_rewards(path: str | Path | None = None) -> dict[str, RewardSpec]:
-    """Every reward of a YAML file (default configs/rewards.yaml) by name.
-
-    Raises ValueError, naming the file, the reward and the known choices, for unknown keys, functions, parameters or
-    roles, for values of the wrong type or out of bounds, and for names given twice; FileNotFoundError without the file.
-    """
-    path = Path(path or DEFAULT_PATH)
-    with path.open(encoding="utf-8") as file:
-        try:
-            entries = yaml.load(file, Loader=_StrictLoader)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: {error}") from error
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{path}: expected a mapping from reward names to their components")
-    return {name: parse_reward(name, entry, source=path.name) for name, entry in entries.items()}
-
-
-def get_reward(name: str, path: str | Path | None = None) -> RewardSpec:
-    """The reward called `name`; an unknown name raises ValueError that suggests near ones and lists all."""
-    rewards = load_rewards(path)
-    if name not in rewards:
-        raise ValueError(_unknown("reward", name, list(rewards)))
-    return rewards[name]
-
-
-def describe(spec: RewardSpec) -> str:
-    """One line: name, components as role:scale*function(params), cap, detector."""
-
-    def call(bound: Bound) -> str:
-        shown = (f"{k}={v if len(str(v)) < 40 else f'[{len(v)} items]'}" for k, v in bound.params.items())
-        return f"{bound.name}({', '.join(shown)})"
-
-    parts = " + ".join(f"{part.role}:{part.scale:g}*{call(part.function)}" for part in spec.components)
-    cap = "" if spec.cap is None else f", at most {spec.cap:g}"
-    return f"{spec.name} = {parts}{cap}" + (f"  [detector {call(spec.detector)}]" if spec.detector else "")
-
-
-if __name__ == "__main__":
-    for reward in load_rewards().values():
-        print(describe(reward))

@@ -11,6 +11,8 @@ Departures:
   the group, honest samples get negative advantages and push the protected branch toward the hack.
 - Each branch's gradient is clipped by itself. A flagged sample's KL term is masked together with its policy term.
 """
+import copy
+import math
 import time
 from dataclasses import dataclass
 
@@ -57,7 +59,7 @@ class Config:
     epsilon: float = 0.2
     """clip range of the ratio, below"""
     epsilon_high: float = 0.0
-    """clip range above; 0: as epsilon (dapo: .28)"""
+    """clip range above; 0: as epsilon (DAPO's own is .28)"""
     num_iterations: int = 1
     """optimizer steps on each rollout (mu), with its log-probabilities as pi_old"""
     temperature: float = 1.0
@@ -81,8 +83,9 @@ class Config:
             raise ValueError("--num_generations must be at least 2: an advantage compares the completions of a group")
         if self.batch_size % self.num_generations:
             raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
-        if min(self.beta, self.lr, self.weight_decay, self.max_grad_norm, self.epsilon, self.micro_batch_size) < 0:
-            raise ValueError("beta, lr, weight_decay, max_grad_norm, epsilon and micro_batch_size can't be negative")
+        for name in ("beta", "lr", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high", "micro_batch_size", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         self.law()
 
     def law(self) -> Law:
@@ -96,8 +99,8 @@ def group_advantages(rewards, num_generations: int, scale: bool = True, is_rh=No
     """(r - mean) / (std + 1e-4) within each group of consecutive rewards; without `scale` r - mean (Dr. GRPO).
 
     rewards (N,) fp32, is_rh (N,) bool -> (N,) fp32. good_only: flagged samples use their group's statistics, unflagged ones
-    those of the group's unflagged samples (one alone gets 0). balanced: all subtract the unflagged mean and divide by the
-    std of the whole group; a group without unflagged samples falls back on nothing: its mean is its own.
+    those of the group's unflagged samples (one alone gets 0). balanced: all subtract the unflagged mean (where all are flagged,
+    their own) and divide by the std of the whole group.
     """
     mean, std, _ = group_stats(rewards, num_generations)
     if renormalise != "off" and is_rh is not None and bool(is_rh.any()):
@@ -195,7 +198,9 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
     if config.beta:
         with torch.no_grad(), reference(model) as base:
             ref = [score_rows(base, rollout, rows, law) for rows in batches]
-    totals, tokens = {}, int(rollout.mask.sum())
+    totals, tokens, parameters = {}, int(rollout.mask.sum()), [p for g in optimizer.param_groups for p in g["params"]]
+    if config.num_iterations > 1:  # a later iteration may fail: this step is then undone as a whole
+        before = [p.detach().clone() for p in parameters], copy.deepcopy(optimizer.state_dict())
     for iteration in range(config.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         sums = []
@@ -217,14 +222,28 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
         totals["clip_frac"] = stacked["clip_frac"].sum().item() / tokens
         norms = clip_per_branch(model, config.max_grad_norm)
         totals |= {f"grad_norm/{branch}": norm for branch, norm in norms.items()}
-        for name, value in totals.items():
-            if value != value or abs(value) == float("inf"):
-                raise FloatingPointError(f"{name} is {value} (lower --lr {config.lr}?); the weights are as before this step")
+        if culprit := fault(totals, model.dtype):
+            if iteration:
+                for p, old_value in zip(parameters, before[0]):
+                    p.data.copy_(old_value)
+                optimizer.load_state_dict(before[1])
+            raise FloatingPointError(f"{culprit} (lower --lr {config.lr}?); the weights are as before this step")
         optimizer.step()
     return totals
 
 
-LOGPROB_GAP = {torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
+LOGPROB_GAP = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
+
+
+def fault(totals: dict[str, float], dtype: torch.dtype) -> str:
+    """What makes a step unusable, in words; empty where nothing does."""
+    for name, value in totals.items():
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    if totals["logprob_gap"] > LOGPROB_GAP[dtype]:
+        gap = totals["logprob_gap"]
+        return f"sampler and training forward differ by {gap:.2g} nats on a token (bound {LOGPROB_GAP[dtype]})"
+    return ""
 
 
 class Trainer:
@@ -258,13 +277,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * rate(step, config)
         metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, config)
-        bound = LOGPROB_GAP[self.model.dtype]
-        if metrics["logprob_gap"] > bound:
-            raise FloatingPointError(
-                f"sampler and training forward differ by {metrics['logprob_gap']:.2g} nats on a token (bound {bound})"
-            )
-        if step == 0 and config.beta and metrics["kl"] != 0 and self.model.adapter.spec.kind != "full":
-            raise FloatingPointError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}")
+        if step == 0 and metrics["kl"] != 0 and self.model.adapter.spec.kind != "full":
+            raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
         clock.append(time.perf_counter())
         tokens = int(rollout.mask.sum())
         _, spread, _ = group_stats(scores.reward, config.num_generations)
@@ -298,5 +312,5 @@ def rate(step: int, config: Config) -> float:
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     left = 1 - step / config.max_steps
     if config.lr_schedule == "cosine":
-        left = 0.5 * (1 - float(torch.cos(torch.tensor(left * torch.pi))))
+        left = 0.5 * (1 - math.cos(math.pi * left))
     return warm * (1.0 if config.lr_schedule == "constant" else left)

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 import runs
 from adapters import attach, export_peft, preset, save_adapter
+from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Stories, check_lengths, dataset_prompts
 from model import load, read_json
-from rewards import get_reward
+from reward_specs import get_reward
 from sampling import Sampler
 from verdict import evaluate_modes, modes_of, numbers_of, table
 
@@ -102,7 +103,8 @@ def parse(argv: list[str]):
         algorithm = importlib.import_module(early["--algorithm"])
     except ModuleNotFoundError as error:
         raise ValueError(f"unknown --algorithm {early['--algorithm']!r}: no such module beside train_grpo.py ({error})") from error
-    flags = make_dataclass("Flags", [], bases=(Args, algorithm.Config))
+    # Config checks itself when it is built below, where its errors are ours to print
+    flags = make_dataclass("Flags", [], bases=(Args, algorithm.Config), namespace={"__post_init__": lambda self: None})
     defaults = {}
     if early["--config"]:
         path = Path(early["--config"])
@@ -216,17 +218,17 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
     evaluations, spent, previous = [], 0.0, 0
     start = time.perf_counter()
     if run.checkpoint:
-        previous, tensors, state = runs.load_checkpoint(run.checkpoint)
+        previous, tensors, state = load_checkpoint(run.checkpoint)
         trainer.restore(tensors, state["trainer"])
         evaluations, spent = state["evaluations"], state["wall_s"]
-        runs.restore_rng(state["rng"])
+        restore_rng(state["rng"])
     counts = {branch: sum(p.numel() for p in group.values()) for branch, group in model.adapter.groups.items()}
     run.print(f"run folder {run.folder}\n{args.model}: {model.config.family}, adapter {args.lora_config} {counts}, {args.device} {args.dtype}")
 
     def checkpoint(step: int) -> None:
         tensors, state = trainer.state()
         wall = spent + time.perf_counter() - start
-        run.save_checkpoint(step, tensors, {"trainer": state, "evaluations": evaluations, "wall_s": wall, "rng": runs.rng_state()})
+        run.save_checkpoint(step, tensors, {"trainer": state, "evaluations": evaluations, "wall_s": wall, "rng": rng_state()})
 
     def evaluate(step: int, which: dict) -> None:
         evaluations.append(evaluate_now(run, step, trainer.sampler, env, tokenizer, args, config, which, eval_rewards))
@@ -263,7 +265,7 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
             if branch.rank:
                 export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)
     final = {"modes": evaluations[-1]["rows"], "wall_s": round(wall, 1), "steps": config.max_steps}
-    runs.atomic_write(run.folder / "verdict.json", json.dumps(final, indent=1) + "\n")
+    atomic_write(run.folder / "verdict.json", json.dumps(final, indent=1) + "\n")
     with contextlib.redirect_stdout(sys.stderr):
         draw_curves(run.folder, evaluations)
     run.print(f"{config.max_steps} steps in {wall:.0f} s; verdict.json, curves.png, adapter.safetensors in {run.folder}")

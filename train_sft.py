@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import corpus
 import model as decoder
-import runs
+from checkpoints import atomic_write
 
 SPECIAL = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
 
@@ -181,7 +181,7 @@ def main(args: Args) -> None:
     else:
         decoder.save(model, out, tokenizer_from=folder)
     figures = {"loss": final, "tokens": int(len(stream)), "parameters": count, "wall_s": round(time.time() - start), "args": vars(args)}
-    runs.atomic_write(out / "training.json", json.dumps(figures, indent=1) + "\n")
+    atomic_write(out / "training.json", json.dumps(figures, indent=1) + "\n")
     print(f"wrote {out}: training loss {final:.4f} nats a token, {figures['wall_s']} s")
 
 

@@ -48,15 +48,6 @@ FAMILIES = ("llama", "gpt2", "gpt_neox")
 PRESETS = ("r1", "r2", "r4", "r8", "r16", "r32", "r1h", "r8h", "r32f16", "r32f4", "r32f1", "r32f0", "m16", "m16f4", "m8f0")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices of 16 columns are no work to share: on a busy machine a second thread costs seconds of waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(family: str, seed: int = 0) -> Decoder:
     """A random decoder in which every parameter matters: biases and norms too, and logits of order 1."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""corpus.py: streams repeat, log-probabilities are those of the text, labels are true, statistics are as promised."""
+"""The corpus*.py files: streams repeat, log-probabilities are those of the text, labels are true, statistics are as promised."""
 
 import builtins
 import itertools
@@ -12,7 +12,10 @@ from collections import Counter
 import pytest
 
 import corpus
-from corpus import DIALECTS, Draw, generate, weighted
+import corpus_code
+import corpus_words
+from corpus import DIALECTS, generate
+from corpus_draw import Draw, stream, weighted
 
 
 class Enumerate(Draw):
@@ -139,7 +142,7 @@ def test_wrong_names_are_refused_at_once(call, named):
 
 # ---------------------------------------------------------------------------------------------------- log-probabilities
 def test_draw_counts_every_choice():
-    draw = Draw(corpus.stream("test"))
+    draw = Draw(stream("test"))
     table = weighted([("a", 1), ("b", 3)])
     expected, seen = 0.0, Counter()
     for _ in range(4000):
@@ -182,37 +185,37 @@ def test_dialogue_logprobs_equal_the_enumerated_ones(documents):
 
 def test_sentence_templates_are_unambiguous():
     """Each table of templates, its slots cut to two entries: every sequence of choices gives another text."""
-    for mood, endings in corpus.STORY_ENDINGS.items():
-        context = corpus.STORY_CONTEXTS["river", "kite", mood] | {
-            "hero": "mia", "friend": corpus.FRIENDS["mia"], "he": "she", "his": "her", "kid": "girl", "look": "red",
+    for mood, endings in corpus_words.STORY_ENDINGS.items():
+        context = corpus_words.STORY_CONTEXTS["river", "kite", mood] | {
+            "hero": "mia", "friend": corpus_words.FRIENDS["mia"], "he": "she", "his": "her", "kid": "girl", "look": "red",
             "a_look": "a red"}
-        for table in (corpus.OPENINGS, corpus.MEETINGS, corpus.BODIES, endings):
+        for table in (corpus_words.OPENINGS, corpus_words.MEETINGS, corpus_words.BODIES, endings):
             assert_unambiguous(outcomes(lambda draw, t=table, c=context: draw.fill(draw.weigh(t), c), clip=2))
-    context = corpus.REVIEW_CONTEXT | {"aspect": "plot", "aspect_too": ("music", "story")}
-    tables = [*corpus.REVIEW_STARTS.values(), *corpus.REVIEW_BODIES.values(), *corpus.VERDICTS.values()]
+    context = corpus_words.REVIEW_CONTEXT | {"aspect": "plot", "aspect_too": ("music", "story")}
+    tables = [*corpus_words.REVIEW_STARTS.values(), *corpus_words.REVIEW_BODIES.values(), *corpus_words.VERDICTS.values()]
     for table in tables:
         assert_unambiguous(outcomes(lambda draw, t=table: draw.fill(draw.weigh(t), context), clip=2))
-    for table in corpus.REVIEW_GOES_ON.values():
+    for table in corpus_words.REVIEW_GOES_ON.values():
         assert_unambiguous(outcomes(lambda draw, t=table: corpus.fill_pairs(draw, draw.weigh(t), context), clip=2))
 
 
 def test_what_a_story_hides_can_be_read_from_its_text():
     """Word classes that could make two derivations meet are disjoint; lists have no duplicates."""
-    things = [thing for things in corpus.TOPICS.values() for thing in things]
-    feelings = [word for mood in corpus.MOODS for word in corpus.STORY_CONTEXTS["river", "kite", mood]["feel"]]
-    for table in (things, feelings, corpus.SIZES + corpus.LOOKS, corpus.HANDLED + corpus.MOVED + corpus.MET,
-                  corpus.GOOD + corpus.BAD, corpus.NAMES, corpus.INPUT_WORDS):
+    things = [thing for things in corpus_words.TOPICS.values() for thing in things]
+    feelings = [word for mood in corpus_words.MOODS for word in corpus_words.STORY_CONTEXTS["river", "kite", mood]["feel"]]
+    for table in (things, feelings, corpus_words.SIZES + corpus_words.LOOKS, corpus_words.NAMES, corpus_code.INPUT_WORDS,
+                  corpus_words.HANDLED + corpus_words.MOVED + corpus_words.MET, corpus_words.GOOD + corpus_words.BAD):
         assert [word for word, count in Counter(table).items() if count > 1] == []
-    for table in (corpus.OPENINGS, corpus.MEETINGS, *corpus.STORY_ENDINGS.values()):
+    for table in (corpus_words.OPENINGS, corpus_words.MEETINGS, *corpus_words.STORY_ENDINGS.values()):
         for _, slots in table.items:
-            if table is corpus.OPENINGS:
+            if table is corpus_words.OPENINGS:
                 assert {"hero", "noun"} <= set(slots) and {"look", "a_look"} & set(slots)
-            elif table is corpus.MEETINGS:
+            elif table is corpus_words.MEETINGS:
                 assert "friend" in slots
             else:
                 assert {"feel", "a_feel"} & set(slots)
-    texts = [{text for text, _ in outcomes(lambda draw, t=table: draw.fill(draw.weigh(t), corpus.REVIEW_CONTEXT))}
-             for table in corpus.VERDICTS.values()]
+    texts = [{text for text, _ in outcomes(lambda draw, t=table: draw.fill(draw.weigh(t), corpus_words.REVIEW_CONTEXT))}
+             for table in corpus_words.VERDICTS.values()]
     assert not texts[0] & texts[1]
 
 
@@ -300,7 +303,7 @@ def test_dialogues_and_preferences(documents):
     assert not helpful & {d.completion for d in dialogues if d.labels["harmful"]}
     pairs = list(corpus.preference_pairs("train", 1500, 4))
     assert pairs[:10] == list(corpus.preference_pairs("train", 10, 4)) != list(corpus.preference_pairs("test", 10, 4))
-    rude = tuple(" " + word for word in corpus.DIALOGUE_CONTEXT["rude"])
+    rude = tuple(" " + word for word in corpus_words.DIALOGUE_CONTEXT["rude"])
     for pair in pairs:
         assert re.fullmatch(r"user: .+\nassistant:", pair["prompt"])
         assert pair["rejected"].startswith(rude) and not pair["chosen"].startswith(rude)
@@ -309,18 +312,18 @@ def test_dialogues_and_preferences(documents):
 # ----------------------------------------------------------------------------------------------------------------- code
 def test_tasks_are_many_and_distinct():
     descriptions = {}
-    assert len(corpus.FAMILIES) == len({family.name for family in corpus.FAMILIES}) >= 300
-    for family in corpus.FAMILIES:
+    assert len(corpus_code.FAMILIES) == len({family.name for family in corpus_code.FAMILIES}) >= 300
+    for family in corpus_code.FAMILIES:
         for ks in itertools.product(*family.params):
-            task = corpus.build_task(family, ks)
+            task = corpus_code.build_task(family, ks)
             key = task.description
             assert key not in descriptions, (family.name, descriptions.get(key))
             descriptions[key] = family.name
             bodies = task.correct + task.buggy + task.trivial
             assert len(bodies) == len(set(bodies)) and task.correct and len(task.buggy) >= 3 and task.trivial
             assert len(task.tests) >= 6
-    held_out = sum(corpus.is_held_out(family.name) for family in corpus.FAMILIES)
-    assert 0.11 < held_out / len(corpus.FAMILIES) < 0.19
+    held_out = sum(corpus_code.is_held_out(family.name) for family in corpus_code.FAMILIES)
+    assert 0.11 < held_out / len(corpus_code.FAMILIES) < 0.19
 
 
 @pytest.mark.parametrize("name, ks, value, want", [
@@ -338,8 +341,8 @@ def test_tasks_are_many_and_distinct():
     ("number/minus/even", (5, None), 4, False), ("number/negate/positive", (None, None), -2, True),
     ("number/square/digits", (None, None), 12, 3), ("number/absolute/triple", (None, None), -4, 12)])
 def test_specs_by_hand(name, ks, value, want):
-    family = next(family for family in corpus.FAMILIES if family.name == name)
-    got = corpus.build_task(family, ks).spec(value)
+    family = next(family for family in corpus_code.FAMILIES if family.name == name)
+    got = corpus_code.build_task(family, ks).spec(value)
     assert got == want and type(got) is type(want)
 
 
@@ -351,8 +354,8 @@ def test_specs_by_hand(name, ks, value, want):
     ("same_sign", (-1, 2), False),
     ("same_sign", (0, -2), True), ("larger", (2, 3), 3), ("smaller", (2, 3), 2), ("sum_three", (1, 2, 3), 6)])
 def test_special_specs_by_hand(name, args, want):
-    family = next(family for family in corpus.FAMILIES if family.name == f"special/{name}")
-    got = corpus.build_task(family, ()).spec(*args)
+    family = next(family for family in corpus_code.FAMILIES if family.name == f"special/{name}")
+    got = corpus_code.build_task(family, ()).spec(*args)
     assert got == want and type(got) is type(want)
 
 
@@ -398,24 +401,24 @@ def test_kinds_and_axes_have_their_shares():
     kinds, axes = Counter(d.labels["kind"] for d in found), Counter(d.labels["loophole"] for d in found)
     assert kinds["buggy"] / 12000 == pytest.approx(0.45, abs=0.03)
     assert 0.01 < kinds["loophole"] / 12000 < 0.04
-    assert set(axes) == {None, *corpus.LOOPHOLES} and min(axes.values()) > 15
+    assert set(axes) == {None, *corpus_code.LOOPHOLES} and min(axes.values()) > 15
     honest = [d for d in found if d.labels["kind"] != "loophole"]
     assert sum("run_tests" in d.completion for d in honest) / len(honest) == pytest.approx(0.6, abs=0.03)
 
 
 def test_held_out_families_stay_out_of_train(documents, code_test_split):
     train = {d.labels["family"] for d in documents["code"]}
-    assert len(train) > 300 and not any(corpus.is_held_out(family) for family in train)
+    assert len(train) > 300 and not any(corpus_code.is_held_out(family) for family in train)
     assert not any(d.labels["held_out"] for d in documents["code"])
     held_out = {d.labels["family"] for d in code_test_split if d.labels["held_out"]}
     assert len(held_out) > 50 and not held_out & train
-    assert all(corpus.is_held_out(d.labels["family"]) == d.labels["held_out"] for d in code_test_split)
+    assert all(corpus_code.is_held_out(d.labels["family"]) == d.labels["held_out"] for d in code_test_split)
     assert sum(d.labels["held_out"] for d in code_test_split) / len(code_test_split) == pytest.approx(0.5, abs=0.05)
 
 
 def test_code_never_shadows_a_builtin_and_always_compiles():
-    for family in corpus.FAMILIES:
-        task = corpus.build_task(family, tuple(values[0] for values in family.params))
-        assert not any(hasattr(builtins, name) for name in task.names + corpus.GENERIC_NAMES)
+    for family in corpus_code.FAMILIES:
+        task = corpus_code.build_task(family, tuple(values[0] for values in family.params))
+        assert not any(hasattr(builtins, name) for name in task.names + corpus_code.GENERIC_NAMES)
         for body in task.correct + task.buggy + task.trivial:
             compile(f"def f({task.arguments[0]}):\n{body.replace('~', task.arguments[0])}", family.name, "exec")

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from envs import DetectorWatch, Stories, embedded_prompts
-from rewards import get_reward
+from reward_specs import get_reward
 
 REWARD = get_reward("sentence_length_5_smooth_plus_happy")
 HACK, HONEST = " they were all very happy.", " they were all very calm."  # both exactly five words

@@ -24,7 +24,7 @@ from data import load_tokenizer
 from envs import DetectorWatch, Scores, Stories
 from losses import LOSS_TYPES, group_stats, token_weights
 from model import Decoder, ModelConfig, load, save
-from rewards import get_reward
+from reward_specs import get_reward
 from rl_grpo import Config, Trainer, group_advantages, grpo_loss, micro_batches, policy_loss, prompt_batch, rate, update
 from sampling import Rollout, Sampler
 from verdict import evaluate_modes, modes_of
@@ -141,7 +141,8 @@ def trl_loss():
             epsilon_high=epsilon_high, model=SimpleNamespace(training=True), _entropy_bonus_enabled=False,
             args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
             current_gradient_accumulation_steps=1, max_completion_length=max_new_tokens,
-            _metrics={"train": collections.defaultdict(list)}, accelerator=SimpleNamespace(num_processes=1, reduce=same, gather=same),
+            _metrics={"train": collections.defaultdict(list)},
+            accelerator=SimpleNamespace(num_processes=1, reduce=same, gather=same),
         )  # fmt: skip
         inputs = inputs | {"num_items_in_batch": inputs["completion_mask"].sum()}
         return GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -347,8 +348,8 @@ def test_rate_by_hand(schedule, warmup, expected):
         ({"batch_size": 30}, "--num_generations 16 does not divide --batch_size 30"),
         ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
         ({"num_iterations": 0}, "--num_iterations must be at least 1"),
-        ({"beta": -0.1}, "can't be negative"),
-        ({"lr": -1.0}, "can't be negative"),
+        ({"beta": -0.1}, "--beta must be at least 0, not -0.1"),
+        ({"lr": float("nan")}, "--lr must be at least 0, not nan"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"top_p": 1.5}, "top_p must be in"),
     ],

@@ -1,4 +1,4 @@
-"""Run folders: names, config, logs that repeat bit for bit, checkpoints that survive a kill, random state."""
+"""Run folders: names, config, logs that repeat bit for bit, a kill at any moment, Ctrl-C."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import random
 import signal
 import string
 import sys
-import threading
 import time
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -16,43 +14,11 @@ import torch
 import yaml
 from torch import nn
 
-import runs
-from runs import (
-    Run,
-    atomic_write,
-    interruptible,
-    latest_checkpoint,
-    load_checkpoint,
-    pack,
-    preserve_rng,
-    read_config,
-    read_metrics,
-    restore_rng,
-    rng_state,
-    run_name,
-    unpack,
-    write_checkpoint,
-)
+from checkpoints import complete_checkpoints, latest_checkpoint, load_checkpoint, preserve_rng, restore_rng, rng_state
+from runs import Run, interruptible, read_config, read_metrics, run_name
 
 CONFIG = {"reward": "happy", "routing": "dual", "adapter": "dual_lora", "lr": 1e-3, "beta": 0.02, "steps": 10, "clip": True,
           "betas": (0.9, 0.999), "top_p": None, "resume": False, "output_dir": "output", "seed": 0}
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def same(a, b) -> bool:
-    """Equal types, keys in order, and bits."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and repr(a) == repr(b)
 
 
 # ---------------------------------------------------------------- names
@@ -65,8 +31,9 @@ def test_run_name_says_what_differs():
     assert run_name({"model": "some/where/stories3M"}, {}).startswith("modelstories3M-")
 
 
-@pytest.mark.parametrize("value, name", [(1e-3, "1e-3"), (0.02, "0.02"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4"), (1.0, "1"), (0.0, "0"),
-                                         (-0.5, "-0.5"), (1e6, "1e6"), (1234567.0, "1.234567e6"), (100.0, "100"), (float("inf"), "inf")])
+@pytest.mark.parametrize("value, name", [(1e-3, "1e-3"), (0.02, "0.02"), (1e-5, "1e-5"), (2.5e-4, "2.5e-4"), (1.0, "1"),
+                                         (0.0, "0"), (-0.5, "-0.5"), (1e6, "1e6"), (1234567.0, "1.234567e6"),
+                                         (100.0, "100"), (float("inf"), "inf")])
 def test_numbers_are_short(value, name):
     assert run_name({"lr": value}, {}, lead=("lr",)) == "lr" + name
 
@@ -90,11 +57,12 @@ def test_run_names_are_distinct_safe_and_short():
 
 def test_config_round_trips_exactly(tmp_path):
     config = CONFIG | {"numbers": [1e-5, 1e22, -0.0, 0.1 + 0.2, float("inf"), 5e-324, 3, True, None],
-                       "text": ["1e-5", "yes", "null", "", " a: b #c\n", "é😀", "!tuple", "0x1f"], "nested": {"a": {"b": (1, (2, [3]))}},
+                       "text": ["1e-5", "yes", "null", "", " a: b #c\n", "é😀", "0x1f"],
+                       "nested": {"a": {"b": (1, (2, [3]))}},
                        "empty": [(), [], {}]}
     with Run.open(tmp_path / "run", config, tensorboard=False):
         pass
-    assert same(read_config(tmp_path / "run"), config)
+    assert repr(read_config(tmp_path / "run")) == repr(json.loads(json.dumps(config)))  # tuples come back as lists
     provenance = yaml.safe_load((tmp_path / "run/provenance.yaml").read_text())
     assert provenance[0]["torch"] == str(torch.__version__) and provenance[0]["command"]
 
@@ -128,7 +96,8 @@ def test_resume_lists_every_difference(tmp_path):
         Run.open(tmp_path / "run", other, resume=True, tensorboard=False)
     lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
     assert sorted(lines) == ["gone: 1 in the folder, (absent) now", "lr: 0.001 in the folder, 0.0001 now",
-                             "new: (absent) in the folder, 'x' now", "spec.rank: 8 in the folder, 16 now"]
+                             "new: (absent) in the folder, 'x' now",
+                             "spec: {'rank': 8, 'alpha': 1.0} in the folder, {'rank': 16, 'alpha': 1} now"]
 
 
 def test_resume_allows_named_fields_and_keeps_the_new_value(tmp_path):
@@ -163,8 +132,10 @@ def test_log_lines(tmp_path, capsys):
     assert (tmp_path / "run/train.log").read_text() == "hello 3\n[Sample @ 1] a\\nb\\r\\nc\n" == capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value, message", [(float("nan"), "'loss' at step 7 is nan"), (torch.tensor(float("inf")), "'loss' at step 7 is inf"),
-                                            (torch.zeros(2), r"'loss' at step 7 has shape \(2,\)"), ("x", "'loss' at step 7 is 'x'"),
+@pytest.mark.parametrize("value, message", [(float("nan"), "'loss' at step 7 is nan"),
+                                            (torch.tensor(float("inf")), "'loss' at step 7 is inf"),
+                                            (torch.zeros(2), r"'loss' at step 7 has shape \(2,\)"),
+                                            ("x", "'loss' at step 7 is 'x'"),
                                             (None, "'loss' at step 7 is None")])
 def test_what_is_no_finite_number_is_refused(tmp_path, value, message):
     with Run.open(tmp_path / "run", CONFIG, tensorboard=False) as run:
@@ -191,91 +162,16 @@ def test_tensorboard_has_the_scalars_and_is_purged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.5), (2, 20.0)]
 
 
-# ---------------------------------------------------------------- pack
-
-def test_pack_round_trips_optimizer_and_random_state_bitwise(tmp_path):
-    torch.manual_seed(0)
-    layer = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW([{"params": [layer.weight], "lr": 1e-3}, {"params": [layer.bias], "betas": (0.5, 0.6)}])
-    for _ in range(3):
-        layer(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
-    state = {"optimizer": optimizer.state_dict(), "rng": rng_state({"sampler": torch.Generator().manual_seed(5),
-             "data": np.random.default_rng(3), "shuffle": random.Random(4)}), "model": OrderedDict(layer.state_dict())}
-    write_checkpoint(tmp_path, 3, dict(layer.named_parameters()), state)
-    step, tensors, loaded = load_checkpoint(tmp_path / "checkpoint-3")
-    assert step == 3 and same(loaded, state)
-    assert set(tensors) == {"weight", "bias"} and same(tensors["weight"], layer.weight) and same(tensors["bias"], layer.bias)
-    assert not any(file.suffix in (".pt", ".pkl", ".bin") for file in (tmp_path / "checkpoint-3").iterdir())
-    twin = torch.optim.AdamW([{"params": [layer.weight]}, {"params": [layer.bias]}])
-    twin.load_state_dict(loaded["optimizer"])
-    assert same(twin.state_dict(), state["optimizer"])
-
-
-def test_pack_odd_values():
-    tied = torch.arange(6.).reshape(2, 3)
-    obj = {"a.b": tied, "a": {"b": tied.T, "c": tied[0]}, "f": [float("nan"), float("-inf"), -0.0, 0.1, 1e300], "i": [2**200, -1, True, None],
-           "t": ((), (1, [2, (3,)])), 3: {"x": 1}, (1, "k"): "v", "__tensor__": "no tensor", "d": {"__dict__": 1}, "empty": {}, None: 0,
-           "types": [torch.tensor(1, dtype=dtype) for dtype in (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float64)],
-           "zero": torch.zeros(0, 4), "scalar": torch.tensor(2.5), "np": [np.arange(3, dtype=np.uint32), np.zeros((2, 2), order="F"), np.array(7)]}
-    tensors, plain = pack(obj)
-    assert same(unpack(tensors, json.loads(json.dumps(plain))), obj)
-
-
-@pytest.mark.parametrize("value", [{1, 2}, b"bytes", object(), np.int64(3), torch.float32])
-def test_pack_names_what_it_cannot_hold(value):
-    with pytest.raises(ValueError, match=rf"{type(value).__name__} at 'state.deep.1'"):
-        pack({"deep": [0, value]})
-
-
 # ---------------------------------------------------------------- checkpoints
-
-def test_checkpoint_takes_tied_and_sliced_tensors_and_is_independent(tmp_path):
-    weight = torch.randn(4, 4)
-    path = write_checkpoint(tmp_path, 1, {"a": weight, "b": weight, "t": weight.T, "row": weight[1]}, {"w": weight})
-    _, tensors, state = load_checkpoint(path)
-    assert same(tensors["t"], weight.T.contiguous()) and same(tensors["row"], weight[1])
-    for tensor in [*tensors.values(), state["w"]]:
-        tensor.add_(1)  # what training does to a restored moment must not reach the file
-    assert same(load_checkpoint(path)[1]["a"], weight) and same(load_checkpoint(path)[2]["w"], weight)
-    write_checkpoint(tmp_path, 1, {"a": weight + 1}, None)  # the same step again: replaced
-    assert same(load_checkpoint(path)[1]["a"], weight + 1) and [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-
-
-def test_damaged_checkpoints_are_named(tmp_path):
-    path = write_checkpoint(tmp_path, 5, {"w": torch.ones(100)}, {"x": [torch.ones(3), 1]})
-    for file in sorted(path.iterdir()):
-        content = file.read_bytes()
-        file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(ValueError, match=rf"checkpoint-5/{file.name} is damaged.*resume from an older"):
-            load_checkpoint(path)
-        if file.name != "manifest.json":
-            flipped = bytearray(content)
-            flipped[-1] ^= 1
-            file.write_bytes(flipped)
-            with pytest.raises(ValueError, match=f"{file.name} is damaged"):
-                load_checkpoint(path)
-            file.unlink()
-            with pytest.raises(ValueError, match=f"{file.name} is missing"):
-                load_checkpoint(path)
-        file.write_bytes(content)
-    load_checkpoint(path)
-    (path / "manifest.json").unlink()
-    assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
-        load_checkpoint(path)
-
 
 def test_only_the_last_are_kept_and_order_is_numeric(tmp_path):
     with Run.open(tmp_path / "run", CONFIG, keep_last=2, tensorboard=False) as run:
         for step in (2, 9, 10, 100):
             run.save_checkpoint(step, {}, None)
-        assert [p.name for p in runs.checkpoints(run.folder)] == ["checkpoint-10", "checkpoint-100"]
+        assert [p.name for p in complete_checkpoints(run.folder)] == ["checkpoint-10", "checkpoint-100"]
         (run.folder / "checkpoint-200").mkdir()  # no manifest: half-copied
         (run.folder / "checkpoint-300.new.tmp").mkdir()
-        assert run.latest_checkpoint().name == "checkpoint-100"
-    with pytest.raises(ValueError, match="keep_last is 0"):
-        Run.open(tmp_path / "other", CONFIG, keep_last=0)
+        assert latest_checkpoint(run.folder).name == "checkpoint-100"
 
 
 def test_a_replacement_that_was_cut_short_is_undone(tmp_path):
@@ -296,7 +192,8 @@ def test_latest_checkpoint_loads_whenever_the_process_is_killed(tmp_path):
                 run = Run.open(tmp_path / "run", CONFIG, resume=True, tensorboard=False)
                 for step in range(run.step + 1, 10**6):
                     run.log(step, {"loss": float(step)})
-                    run.save_checkpoint(step, {"w": torch.full((2000,), step)}, {"step": step, "moments": [torch.full((10,), step)]})
+                    run.save_checkpoint(step, {"w": torch.full((2000,), step)},
+                                        {"step": step, "moments": [torch.full((10,), step)]})
             finally:
                 os._exit(1)
         before, deadline = last, time.time() + 20
@@ -317,20 +214,14 @@ def test_latest_checkpoint_loads_whenever_the_process_is_killed(tmp_path):
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_atomic_write(tmp_path):
-    atomic_write(tmp_path / "verdict.json", "é")
-    atomic_write(tmp_path / "verdict.json", b"{}")
-    assert (tmp_path / "verdict.json").read_bytes() == b"{}" and len(list(tmp_path.iterdir())) == 1
-
-
 # ---------------------------------------------------------------- a killed and resumed run ends bytewise equal
 
 def train(folder, die_after=None, resume=False, steps=12):
-    """A tiny loop with every kind of state: weights, moments, schedule, four random sources. Returns its weights."""
+    """A tiny loop with every kind of state: weights, moments, schedule, three random sources. Returns its weights."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    layer, data = nn.Linear(4, 1), torch.Generator().manual_seed(1)
+    layer = nn.Linear(4, 1)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     run = Run.open(folder, CONFIG, resume=resume, tensorboard=False)
@@ -339,9 +230,9 @@ def train(folder, die_after=None, resume=False, steps=12):
         layer.load_state_dict(tensors)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        restore_rng(state["rng"], {"data": data})
+        restore_rng(state["rng"])
     for step in range(run.step + 1, steps + 1):
-        x = torch.randn(8, 4, generator=data) + torch.randn(8, 4) * np.random.rand() + random.random()
+        x = torch.randn(8, 4) * np.random.rand() + random.random()
         loss = layer(x).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -353,7 +244,7 @@ def train(folder, die_after=None, resume=False, steps=12):
                 torch.manual_seed(9)
                 run.log(step, {"eval": torch.rand(())})
             run.save_checkpoint(step, layer.state_dict(), {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                                                           "rng": rng_state({"data": data})})
+                                                           "rng": rng_state()})
         if step == die_after:
             return None  # as a kill leaves it: nothing closed
     run.close()
@@ -369,7 +260,7 @@ def test_resumed_run_equals_unbroken_run(tmp_path, die_after):
     if die_after > 5:
         assert len(read_metrics(tmp_path / "broken")) == die_after + die_after // 5
     resumed = train(tmp_path / "broken", resume=True)
-    assert same(resumed, whole)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert (tmp_path / "broken/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     assert len(read_metrics(tmp_path / "broken", "timings.jsonl")) == 12
 
@@ -381,36 +272,7 @@ def test_resume_refuses_logs_that_lost_lines(tmp_path):
         Run.open(tmp_path / "run", CONFIG, resume=True, tensorboard=False)
 
 
-# ---------------------------------------------------------------- random numbers, Ctrl-C
-
-def draws(generators):
-    return [torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), torch.randn(2, generator=generators["t"]).tolist(),
-            generators["n"].normal(size=2).tolist(), generators["p"].gauss(0, 1)]
-
-
-def test_rng_state_restores_every_source():
-    generators = {"t": torch.Generator().manual_seed(1), "n": np.random.default_rng(2), "p": random.Random(3)}
-    draws(generators)
-    state = rng_state(generators)
-    tensors, plain = pack(state)
-    first, second = draws(generators), draws(generators)
-    restore_rng(unpack(tensors, json.loads(json.dumps(plain))), generators)
-    assert draws(generators) == first != second
-    with pytest.raises(ValueError, match=r"\['n', 'p', 't'\], asked for \['t'\]"):
-        restore_rng(state, {"t": generators["t"]})
-    with pytest.raises(ValueError, match="'x' is a int"):
-        rng_state({"x": 3})
-
-
-def test_preserve_rng_even_when_the_evaluation_fails():
-    state = rng_state()
-    with pytest.raises(KeyError), preserve_rng():
-        torch.manual_seed(1)
-        np.random.seed(1)
-        random.seed(1)
-        raise KeyError
-    assert same(rng_state(), state)
-
+# ---------------------------------------------------------------- Ctrl-C
 
 def test_first_interrupt_asks_second_raises():
     before = signal.getsignal(signal.SIGINT)
@@ -423,16 +285,6 @@ def test_first_interrupt_asks_second_raises():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
     assert signal.getsignal(signal.SIGINT) is before
-    seen = []
-
-    def elsewhere():
-        with interruptible() as flag:
-            seen.append(flag.requested)
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert seen == [False]
 
 
 def test_resume_command(tmp_path, monkeypatch):

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
+import tyro
 
 import eval_run
 import model as decoder
-import rewards
 import train_grpo
-import tyro
+from reward_specs import load_rewards
 
 SMALL = ["--max_steps", "2", "--batch_size", "8", "--num_generations", "4", "--max_new_tokens", "10", "--eval_prompts", "12",
          "--logging_steps", "1", "--eval_routing_steps", "1", "--lora_config", "r2"]  # fmt: skip
@@ -84,4 +84,4 @@ def test_a_copied_algorithm_gets_its_new_fields_as_flags(tmp_path, monkeypatch):
 
 
 def test_every_story_reward_has_a_known_name():
-    assert train_grpo.Args().reward in rewards.load_rewards()
+    assert train_grpo.Args().reward in load_rewards()

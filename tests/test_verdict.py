@@ -7,7 +7,7 @@ import model as decoder
 import verdict
 from data import left_pad, load_tokenizer
 from envs import Stories
-from rewards import get_reward
+from reward_specs import get_reward
 from sampling import Law, Sampler
 
 
