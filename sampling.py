@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from model import Cache, Decoder, projections
 
 CHECK_EVERY = 16  # tokens between two looks at which rows are finished
+# oneDNN's product with a weight laid out in advance: for the 32 rows of a CPU rollout 1.5 to 2.5 times faster than F.linear
+PACKED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,26 @@ class TwinLinear(nn.Module):
         weights = [base.weight for base in bases]
         empty = [(w.new_zeros(0, w.shape[1]).float(), w.new_zeros(w.shape[0], 0).float()) for w in weights]
         pairs = [s.low_rank() if hasattr(s, "low_rank") else e for s, e in zip(self.sources, empty)]
-        merge = weights[0].dtype == torch.float32
+        merge = weights[0].dtype != torch.bfloat16
         if merge:
             weights = [w.addmm(B, A) if A.shape[0] else w for w, (A, B) in zip(weights, pairs)]
         self.weight = self.keep("weight", torch.cat(weights))
-        if bases[0].bias is not None:
+        if getattr(bases[0], "bias", None) is not None:
             self.bias = self.keep("bias", torch.cat([base.bias for base in bases]))
+        self.packed = None
+        if PACKED and not self.weight.is_cuda and self.weight.dtype != torch.float64:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         self.beside = not merge and any(A.shape[0] for A, _ in pairs)
         if self.beside:
             self.A = self.keep("A", torch.cat([A for A, _ in pairs]))
             self.B = self.keep("B", torch.block_diag(*[B for _, B in pairs]))
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        return y + F.linear(F.linear(x.float(), self.A), self.B).to(y.dtype) if self.beside else y
+        if self.packed is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y.add_(F.linear(F.linear(x.float(), self.A), self.B)) if self.beside else y
 
 
 class TwinMLP(nn.Module):
@@ -228,6 +236,7 @@ class Sampler:
 
     def __init__(self, model: Decoder):
         self.model, self.twin = model, build_twin(model)
+        self.head = TwinLinear(model.embed_tokens if model.config.tied else model.lm_head)
         self.adapter = getattr(model, "adapter", None)
         self.static = model.device.type == "cuda"  # fixed shapes, one captured graph per token
         self.sessions = {}  # static: captured decodings by shape
@@ -238,7 +247,7 @@ class Sampler:
         """Takes over the model's present weights and scales. Raises ValueError if branches were attached since."""
         if getattr(self.model, "adapter", None) is not self.adapter:
             raise ValueError("the model got its adapter after this Sampler was built: attach first, then build the Sampler")
-        linears = [module for module in self.twin.modules() if isinstance(module, TwinLinear)]
+        linears = [self.head, *(module for module in self.twin.modules() if isinstance(module, TwinLinear))]
         for module in linears:
             module.refresh()
         scales = dict(self.adapter.scales) if self.adapter and self.adapter.spec.kind == "mlp" else None
@@ -322,7 +331,7 @@ class Sampler:
         cache = Cache(self.twin.config, prompts, length, self.twin.dtype, ids.device)
         cache.upto = length
         hidden = self.twin.hidden(ids, mask if padded else None, cache=cache)[:, -1]
-        logits = F.linear(hidden, self.twin.head_weight).repeat_interleave(copies, 0)  # (N, V)
+        logits = self.head(hidden).repeat_interleave(copies, 0)  # (N, V)
         for mine, theirs in zip(d.cache.keys + d.cache.values, cache.keys + cache.values):
             mine[:, :, :length] = theirs.repeat_interleave(copies, 0)
         d.row.copy_(torch.arange(len(d.row), device=ids.device))
@@ -359,7 +368,7 @@ class Sampler:
             ahead = torch.arange(d.cache.upto, device=d.token.device) > d.cache.slot
             bias = d.pad_bias.masked_fill(ahead, torch.finfo(self.twin.dtype).min)
         hidden = self.twin.hidden(d.token[:, None], position_ids=d.position[:, None], cache=d.cache, bias=bias)[:, 0]
-        logits = F.linear(hidden, self.twin.head_weight)
+        logits = self.head(hidden)
         d.position += 1
         d.cache.slot += 1
         self._write(d, out, logits, law, stop, pad_id)
