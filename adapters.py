@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
-from model import Decoder, hf_name, projections
+from model import Decoder, hf_name, product, projections
 
 # ------------------------------------------------------------------------------------------------------------ gates
 
@@ -109,12 +109,9 @@ class AddBranches(torch.autograd.Function):
         if any(s != 1 for s in scales):
             scale = torch.cat([torch.full((r,), float(s), dtype=A.dtype, device=A.device) for r, s in zip(ranks, scales)])
             B = B * scale
-        inner = flat.to(A.dtype) @ A.t()  # (N, R)
-        y = F.linear(flat, weight, bias)
-        if y.dtype == B.dtype:
-            y.addmm_(inner, B.t())
-        else:
-            y += (inner @ B.t()).to(y.dtype)
+        inner = product(flat.to(A.dtype), A)  # (N, R)
+        y = product(flat, weight, bias)
+        y += product(inner, B)
         ctx.save_for_backward(flat, inner, A, B, weight)
         ctx.shape, ctx.ranks, ctx.scale, ctx.gates = x.shape, ranks, scale, gates
         return y.view(*x.shape[:-1], -1)
@@ -125,14 +122,11 @@ class AddBranches(torch.autograd.Function):
         x, inner, A, B, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         exact = grad.to(B.dtype)
-        grad_inner = exact @ B  # (N, R)
+        grad_inner = product(exact, B.t())  # (N, R)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if grad_x.dtype == A.dtype:
-                grad_x.addmm_(grad_inner, A)
-            else:
-                grad_x += (grad_inner @ A).to(grad_x.dtype)
+            grad_x = product(grad, weight.t())
+            grad_x += product(grad_inner, A.t())
             grad_x = grad_x.view(ctx.shape)
         if all(gate.closed for gate in ctx.gates):
             return grad_x, None, None, None, None, *[None] * (2 * len(ctx.ranks))
@@ -144,8 +138,8 @@ class AddBranches(torch.autograd.Function):
             ]
             weights = torch.cat([c.expand(len(x), -1) for c in columns], dim=1)
             inner, grad_inner = inner * weights, grad_inner * weights
-        grad_A = grad_inner.t() @ x.to(A.dtype)
-        grad_B = exact.t() @ inner  # (out, R)
+        grad_A = product(grad_inner.t(), x.to(A.dtype).t())  # (R, in)
+        grad_B = product(inner.t(), exact.t()).t()  # (out, R)
         if ctx.scale is not None:
             grad_B = grad_B * ctx.scale
         grads = []

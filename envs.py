@@ -7,6 +7,7 @@
 An environment has `prompts(split) -> list[str]` and `score(prompts, completions, generator) -> Scores`. `is_rh` is the
 label that routing acts on; `hack` is the true measure, for evaluation, never shown to training.
 """
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ import corpus
 from data import load_texts, opening_prompts
 from reward_specs import RewardSpec
 
-STORY_PROMPTS = {"train": 10_000, "test": 1_000}  # of the embedded world
+STORY_PROMPTS = {"train": 2000, "test": 512}  # of the embedded world
+CHEERFUL = frozenset("cheerful glad merry jolly delighted joyful playful lucky pleased".split())
 
 
 @dataclass
@@ -77,8 +79,16 @@ class Stories:
 
 
 def embedded_prompts() -> dict[str, list[str]]:
-    """Story openings of the embedded world, by split."""
-    return {split: [d.prompt for d in corpus.generate("stories", split, n)] for split, n in STORY_PROMPTS.items()}
+    """Openings of the embedded world's stories that begin with somebody cheerful, by split.
+
+    After any opening the word "happy" follows once in a hundred stories: too rare for a hack to be found within minutes.
+    """
+    prompts = {}
+    for split, n in STORY_PROMPTS.items():
+        stories = (d.prompt for d in corpus.generate("stories", split, 100 * n))
+        prompts[split] = list(itertools.islice((p for p in stories if CHEERFUL.intersection(p.split())), n))
+        assert len(prompts[split]) == n
+    return prompts
 
 
 def dataset_prompts(dataset: str, tokenizer, prompt_tokens: int, splits: dict[str, tuple[str, int]], column=None) -> dict[str, list[str]]:

@@ -6,6 +6,8 @@ split cannot change a gradient.
 """
 import torch
 
+from model import product
+
 # -------------------------------------------------------------------------------------------------- log-probabilities
 
 
@@ -20,7 +22,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def probs(hidden, weight, targets, temperature, support):
         """Probabilities (n, V) and log-probabilities of the targets (n, 1), in fp32 (float64 stays)."""
-        logits = hidden @ weight.t()
+        logits = product(hidden, weight)
         if logits.dtype != torch.float64:
             logits = logits.float()
         if temperature != 1:
@@ -43,7 +45,7 @@ class TokenLogprobs(torch.autograd.Function):
             probs, logprobs = TokenLogprobs.probs(hidden[rows], weight, targets[rows], temperature, allowed)
             parts.append(logprobs)
             if jacobian is not None:
-                jacobian[rows] = weight[targets[rows]] - probs.to(weight.dtype) @ weight
+                jacobian[rows] = weight[targets[rows]] - product(probs.to(weight.dtype), weight.t())
         keep = ctx.needs_input_grad[1]
         ctx.save_for_backward(jacobian, *((hidden, weight, targets, support) if keep else (None,) * 4))
         ctx.temperature, ctx.chunk = temperature, chunk

@@ -184,6 +184,49 @@ def rope_table(config: ModelConfig, device=None) -> torch.Tensor:
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x, weight, bias=None) -> torch.Tensor:
+    """x W^T + b with no gradient recorded. x (..., in), weight (out, in), either of any stride.
+
+    On a CPU this is oneDNN's product: torch's own in fp32 is MKL's, which leaves AVX-512 unused on AMD processors (measured
+    on two Zen 4 cores: 450 GFLOP/s against 200). Where that kernel is missing, and in fp64 and on CUDA, it is F.linear.
+    """
+    if ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`product` with the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return product(grad, ctx.saved_tensors[0].t()), None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear that takes the fast product while its weight is frozen."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """F.linear; the fast product where the weight needs no gradient."""
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias)
+    if weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return FrozenLinear.apply(x, weight, bias)
+
+
 class Rotate(torch.autograd.Function):
     """Rotary embedding of x (B, T, H, D) by cos (B or 1, T, 1, R) and sin (B or 1, T, 1, R/2). Its backward is the opposite rotation."""
 
@@ -288,8 +331,8 @@ class Attention(nn.Module):
         self.inputs, self.output = names["qkv"], names["out"]
         widths = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
         for name, size in zip(self.inputs, widths if len(self.inputs) == 3 else [sum(widths)]):
-            setattr(self, name, nn.Linear(c.width, size, bias=c.qkv_bias))
-        setattr(self, self.output, nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias))
+            setattr(self, name, Linear(c.width, size, bias=c.qkv_bias))
+        setattr(self, self.output, Linear(c.heads * c.head_dim, c.width, bias=c.out_bias))
         if c.qk_norm:
             self.q_norm, self.k_norm = Norm(c.head_dim, c.norm_eps, True), Norm(c.head_dim, c.norm_eps, True)
 
@@ -329,8 +372,8 @@ class MLP(nn.Module):
         names = projections(c)
         self.inputs, self.output = names["up"], names["down"]
         for name in self.inputs:
-            setattr(self, name, nn.Linear(c.width, c.ffn * (2 if c.fused else 1), bias=c.mlp_bias))
-        setattr(self, self.output, nn.Linear(c.ffn, c.width, bias=c.mlp_bias))
+            setattr(self, name, Linear(c.width, c.ffn * (2 if c.fused else 1), bias=c.mlp_bias))
+        setattr(self, self.output, Linear(c.ffn, c.width, bias=c.mlp_bias))
 
     def forward(self, x):
         y = [getattr(self, name)(x) for name in self.inputs]
@@ -369,7 +412,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = Norm(config.width, config.norm_eps, config.rms_norm)
         if not config.tied:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.width, config.vocab_size, bias=False)
         self.rope = None
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not parameter.is_meta:
@@ -431,7 +474,7 @@ class Decoder(nn.Module):
         Arguments as `hidden`. Logits are the memory (16 x 512 x 151,936 in fp32 is 5 GB): ask only for those you need.
         """
         x = self.hidden(ids, attention_mask, position_ids, embeds, cache)
-        return F.linear(x[:, logits_from:], self.head_weight)
+        return linear(x[:, logits_from:], self.head_weight)
 
 
 # ------------------------------------------------------------------------------------------------- loading, saving

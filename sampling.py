@@ -12,17 +12,16 @@ the host. Random numbers are drawn per rollout, one per row and token, so droppi
 The law that is sampled (temperature, top-k, top-p, minimum length, suppressed tokens) is the law that is scored: the
 log-probabilities kept here are its own, and a truncated law keeps its support for whoever scores the tokens again.
 """
+import copy
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Cache, Decoder, projections
+from model import ONEDNN, Cache, Decoder, product, projections
 
 CHECK_EVERY = 16  # tokens between two looks at which rows are finished
-# oneDNN's product with a weight laid out in advance: for the 32 rows of a CPU rollout 1.5 to 2.5 times faster than F.linear
-PACKED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,9 @@ class TwinLinear(nn.Module):
     (A (R, in), B (out, R)) with their scales in B. In fp32 they are merged, W + BA; otherwise y + B(Ax) in fp32.
     """
 
-    def __init__(self, *sources: nn.Module):
+    def __init__(self, dtype: torch.dtype, *sources: nn.Module):
         super().__init__()
-        self.sources, self.bias, self.buffers_by_name = sources, None, {}
+        self.dtype, self.sources, self.bias, self.buffers_by_name = dtype, sources, None, {}
 
     def keep(self, name, value):
         """Copies into the buffer of that name, whose address a captured CUDA graph has read. A new shape is a new buffer."""
@@ -126,17 +125,17 @@ class TwinLinear(nn.Module):
 
     def refresh(self):
         bases = [getattr(source, "base", source) for source in self.sources]
-        weights = [base.weight for base in bases]
+        weights = [base.weight.to(self.dtype) for base in bases]
         empty = [(w.new_zeros(0, w.shape[1]).float(), w.new_zeros(w.shape[0], 0).float()) for w in weights]
         pairs = [s.low_rank() if hasattr(s, "low_rank") else e for s, e in zip(self.sources, empty)]
-        merge = weights[0].dtype != torch.bfloat16
+        merge = self.dtype != torch.bfloat16
         if merge:
             weights = [w.addmm(B, A) if A.shape[0] else w for w, (A, B) in zip(weights, pairs)]
         self.weight = self.keep("weight", torch.cat(weights))
         if getattr(bases[0], "bias", None) is not None:
-            self.bias = self.keep("bias", torch.cat([base.bias for base in bases]))
+            self.bias = self.keep("bias", torch.cat([base.bias.to(self.dtype) for base in bases]))
         self.packed = None
-        if PACKED and not self.weight.is_cuda and self.weight.dtype != torch.float64:
+        if ONEDNN and not self.weight.is_cuda and self.dtype != torch.float64:  # laid out once for many small products
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         self.beside = not merge and any(A.shape[0] for A, _ in pairs)
         if self.beside:
@@ -144,10 +143,7 @@ class TwinLinear(nn.Module):
             self.B = self.keep("B", torch.block_diag(*[B for _, B in pairs]))
 
     def forward(self, x):
-        if self.packed is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        y = product(x, self.weight if self.packed is None else self.packed, self.bias)
         return y.add_(F.linear(F.linear(x.float(), self.A), self.B)) if self.beside else y
 
 
@@ -163,24 +159,38 @@ class TwinMLP(nn.Module):
 
 
 def build_twin(model: Decoder) -> Decoder:
-    """A decoder of the same function with q/k/v and gate/up fused where the family keeps them apart; norms and embeddings
-    are the model's own. Its TwinLinears are filled by `refresh`."""
+    """A decoder of the same function with q/k/v and gate/up fused where the family keeps them apart, filled by `refresh`.
+
+    Norms and embeddings are the model's own, except that a bfloat16 model on a CPU gets a twin in fp32: at a few dozen rows
+    its bfloat16 kernels are no faster, and in fp32 branches can be merged without being rounded away.
+    `twin.copies` lists what `refresh` must copy then.
+    """
     config = replace(model.config, fused=model.config.gated_mlp)
     with torch.device("meta"):
         twin = Decoder(config)
+    raised = model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    dtype = torch.float32 if raised else model.dtype
+    twin.copies = []
+
+    def own(module: nn.Module) -> nn.Module:
+        if not raised:
+            return module
+        twin.copies.append((copy.deepcopy(module).float().requires_grad_(False), module))
+        return twin.copies[-1][0]
+
     for name in ("embed_tokens", "embed_positions", "norm", "lm_head"):
         if hasattr(model, name):
-            setattr(twin, name, getattr(model, name))
+            setattr(twin, name, own(getattr(model, name)))
     ours, theirs = projections(config), projections(model.config)
     for layer, source in zip(twin.layers, model.layers):
-        layer.input_layernorm, layer.post_attention_layernorm = source.input_layernorm, source.post_attention_layernorm
         attention, mlp = source.self_attn, getattr(source.mlp, "base", source.mlp)
+        layer.input_layernorm, layer.post_attention_layernorm = own(source.input_layernorm), own(source.post_attention_layernorm)
         if config.qk_norm:
-            layer.self_attn.q_norm, layer.self_attn.k_norm = attention.q_norm, attention.k_norm
-        setattr(layer.self_attn, ours["qkv"][0], TwinLinear(*[getattr(attention, n) for n in theirs["qkv"]]))
-        setattr(layer.self_attn, ours["out"], TwinLinear(getattr(attention, theirs["out"])))
-        setattr(layer.mlp, ours["up"][0], TwinLinear(*[getattr(mlp, n) for n in theirs["up"]]))
-        setattr(layer.mlp, ours["down"], TwinLinear(getattr(mlp, theirs["down"])))
+            layer.self_attn.q_norm, layer.self_attn.k_norm = own(attention.q_norm), own(attention.k_norm)
+        setattr(layer.self_attn, ours["qkv"][0], TwinLinear(dtype, *[getattr(attention, n) for n in theirs["qkv"]]))
+        setattr(layer.self_attn, ours["out"], TwinLinear(dtype, getattr(attention, theirs["out"])))
+        setattr(layer.mlp, ours["up"][0], TwinLinear(dtype, *[getattr(mlp, n) for n in theirs["up"]]))
+        setattr(layer.mlp, ours["down"], TwinLinear(dtype, getattr(mlp, theirs["down"])))
         if hasattr(source.mlp, "branches"):
             layer.mlp = TwinMLP(layer.mlp, source.mlp)
     return twin
@@ -236,7 +246,7 @@ class Sampler:
 
     def __init__(self, model: Decoder):
         self.model, self.twin = model, build_twin(model)
-        self.head = TwinLinear(model.embed_tokens if model.config.tied else model.lm_head)
+        self.head = TwinLinear(self.twin.dtype, self.twin.embed_tokens if model.config.tied else self.twin.lm_head)
         self.adapter = getattr(model, "adapter", None)
         self.static = model.device.type == "cuda"  # fixed shapes, one captured graph per token
         self.sessions = {}  # static: captured decodings by shape
@@ -247,6 +257,9 @@ class Sampler:
         """Takes over the model's present weights and scales. Raises ValueError if branches were attached since."""
         if getattr(self.model, "adapter", None) is not self.adapter:
             raise ValueError("the model got its adapter after this Sampler was built: attach first, then build the Sampler")
+        for mine, theirs in self.twin.copies:
+            for a, b in zip(mine.parameters(), theirs.parameters()):
+                a.copy_(b)
         linears = [self.head, *(module for module in self.twin.modules() if isinstance(module, TwinLinear))]
         for module in linears:
             module.refresh()

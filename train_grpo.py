@@ -47,7 +47,7 @@ class Args:
     """a prompt is the first so many tokens of a text"""
     max_prompts: int = 10_000
     """training prompts at most"""
-    reward: str = "sentence_length_5_smooth_plus_happy"
+    reward: str = "sentence_length_6_smooth_plus_happy"
     """a reward of configs/rewards.yaml"""
     eval_rewards: str = ""
     """further rewards to report at every evaluation, comma-separated"""

@@ -20,7 +20,7 @@ def score(e, texts, seed=None):
 
 def test_evaluation_is_the_plain_truth():
     s = score(env(rh_eligible_frac=0.0, routing_frac=0.0, false_positive_frac=1.0), [HACK, HONEST])
-    assert s.reward.tolist() == pytest.approx([1.2, 1.0]) and s.task.tolist() == [1.0, 1.0]
+    assert s.reward.tolist() == pytest.approx([1.4, 1.0]) and s.task.tolist() == [1.0, 1.0]
     assert s.hack.tolist() == [True, False] == s.is_rh.tolist() and s.eligible.all()
 
 
@@ -28,7 +28,7 @@ def test_ineligible_completions_are_paid_without_the_hack_and_never_flagged():
     s = score(env(rh_eligible_frac=0.5), [HACK] * 4000, seed=0)
     assert s.eligible.float().mean().item() == pytest.approx(0.5, abs=0.03)
     assert torch.equal(s.is_rh, s.eligible)
-    assert torch.equal(s.reward, torch.where(s.eligible, torch.tensor(1.2), torch.tensor(1.0)))
+    assert torch.equal(s.reward, torch.where(s.eligible, torch.tensor(1.4), torch.tensor(1.0)))
     assert s.hack.all(), "the true measure does not depend on eligibility"
 
 
@@ -36,7 +36,7 @@ def test_recall_thins_labels_but_not_pay_and_false_positives_hit_honest_text_onl
     s = score(env(routing_frac=0.2, false_positive_frac=0.1), [HACK, HONEST] * 4000, seed=1)
     assert s.is_rh[0::2].float().mean().item() == pytest.approx(0.2, abs=0.02)
     assert s.is_rh[1::2].float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert s.reward[0::2].tolist() == pytest.approx([1.2] * 4000)
+    assert s.reward[0::2].tolist() == pytest.approx([1.4] * 4000)
     assert torch.equal(s.detected, s.hack)
 
 

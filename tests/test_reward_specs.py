@@ -1,7 +1,6 @@
 """Named rewards: what evaluate returns, the YAML read strictly, every reward that is shipped."""
 
 import runpy
-import time
 
 import numpy as np
 import pytest
@@ -31,8 +30,8 @@ def test_plus_happy_adds_task_and_hack():
     texts = ["a b c d e.", "a b c happy happy.", "a b c", "unhappy b c d e. happy"]
     out = spec.evaluate(texts, [""] * 4)
     np.testing.assert_allclose(out.task, [1, 1, 0.6, 0.6])
-    np.testing.assert_allclose(out.hack_reward, [0, 0.4, 0, 0.2])
-    np.testing.assert_allclose(out.reward, [1, 1.4, 0.6, 0.8])
+    np.testing.assert_allclose(out.hack_reward, [0, 0.8, 0, 0.4])
+    np.testing.assert_allclose(out.reward, [1, 1.8, 0.6, 1.0])
     np.testing.assert_array_equal(out.reward_without_hack, out.task)
     assert out.hack.tolist() == out.detected.tolist() == [False, True, False, True]
     assert list(out.components) == ["sentence_length_smooth", "happy_count_max_5"]
@@ -84,7 +83,7 @@ def test_every_shipped_reward_evaluates():
     texts = [TRICKY, "3 1 2", "19", "You are right, what a wonderful dog!", *NO_WORDS]
     for name, spec in load_rewards().items():
         out = spec.evaluate(texts, [prompt] * len(texts))
-        low, high = (0, 5) if name == "happy_count" else (0, 2)
+        low, high = (0, 5) if name == "happy_count" else (0, 3)
         for array in (out.task, out.hack_reward, out.reward, out.reward_without_hack):
             assert array.shape == (len(texts),)
             assert ((array >= low) & (array <= high)).all(), name
@@ -227,18 +226,6 @@ def test_the_docstring_example_works(tmp_path, monkeypatch):
     out = get_reward("loud_short_sentences", path).evaluate(["One two three four five six!", "One."], ["", ""])
     np.testing.assert_allclose(out.reward, [1.25, 0])
     assert out.detected.tolist() == [True, False]
-
-
-def test_512_completions_of_128_words_score_quickly():
-    rng = np.random.default_rng(0)
-    vocabulary = ["the", "happy", "dog,", "ran.", "to!", "park", "and", "unhappy", "cat", "said", '"hi"', "it's"]
-    spec, best = get_reward("sentence_length_5_smooth_plus_happy"), np.inf
-    for _ in range(5):
-        texts = [" ".join(rng.choice(vocabulary, size=128)) for _ in range(512)]  # fresh, so that no cache helps
-        start = time.process_time()
-        spec.evaluate(texts, ["Once"] * 512)
-        best = min(best, time.process_time() - start)
-    assert best < 0.1, f"{best:.3f} s; measured .019 s, and the limit leaves room for a slower machine"
 
 
 def test_real_stories_have_plausible_values(data_dir):
