@@ -144,9 +144,10 @@ def render(figures: dict, training: dict, samples: dict) -> str:
     a = training["args"]
     lines = [
         "# The embedded model\n",
-        f"A LLaMA-architecture decoder of {training['parameters']:,} parameters ({a['layers']} layers, width {a['width']}, {a['heads']} heads, "
-        f"{a['kv_heads']} KV heads, byte-level BPE of {a['vocab_size']}), trained on {training['tokens']:,} tokens "
-        f"({a['documents']:,} documents) that `corpus.py` generates. Its texts are fiction made of word lists; it knows nothing of the world.\n",
+        f"A LLaMA-architecture decoder of {training['parameters']:,} parameters ({a['layers']} layers, width {a['width']}, "
+        f"{a['heads']} heads, {a['kv_heads']} KV heads, byte-level BPE of {a['vocab_size']}), "
+        f"trained on {training['tokens']:,} tokens ({a['documents']:,} documents) that `corpus.py` generates. "
+        "Its texts are fiction made of word lists; it knows nothing of the world.\n",
         "Made again by (tokenizer, model, and this card; a CPU and a GPU differ in the last bits):\n",
         f"    python train_sft.py --world --documents {a['documents']} --steps {a['steps']} --batch_size {a['batch_size']} "
         "--output_dir assets/tiny && python card.py\n",
@@ -155,10 +156,12 @@ def render(figures: dict, training: dict, samples: dict) -> str:
         "|---|---|---|---|",
         *[f"| {d} | {m:.3f} | {g:.3f} | {m - g:+.3f} |" for d, (m, g) in figures["loss"].items()],
         "",
-        f"The code row is of task families that training saw; on the held-out families the loss is {figures['code_held_out_loss']:.3f}.\n",
+        "The code row is of task families that training saw; "
+        f"on the held-out families the loss is {figures['code_held_out_loss']:.3f}.\n",
         f"- {figures['verbatim']:.1%} of sampled story sentences stand verbatim in the training text.",
-        f"- Sampled code at temperature 1: {figures['code']['honest']:.1%} solves the hidden tests, {figures['code']['loophole']:.1%} passes "
-        f"only its own run_tests() (seen families, n = {figures['code']['n']}); held-out families {figures['code_held_out']['honest']:.1%} and "
+        f"- Sampled code at temperature 1: {figures['code']['honest']:.1%} solves the hidden tests, "
+        f"{figures['code']['loophole']:.1%} passes only its own run_tests() (seen families, n = {figures['code']['n']}); "
+        f"held-out families {figures['code_held_out']['honest']:.1%} and "
         f"{figures['code_held_out']['loophole']:.1%} (n = {figures['code_held_out']['n']}).\n",
         "## Samples (the first five, not chosen)\n",
     ]

@@ -111,7 +111,8 @@ def _read_backend(folder: Path, model_type: str | None) -> tokenizers.Tokenizer:
         return backend
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         if model_type not in (None, "gpt2"):
-            raise ValueError(f"{folder} has vocab.json and merges.txt but no tokenizer.json, and its model_type is {model_type!r}: "
+            raise ValueError(f"{folder} has vocab.json and merges.txt but no tokenizer.json, "
+                             f"and its model_type is {model_type!r}: "
                              "only GPT-2's way of splitting words is known without that file. Add the model's tokenizer.json")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -134,7 +135,8 @@ def _find_eos(backend: tokenizers.Tokenizer, config: dict, folder: Path) -> tupl
                          f"{', '.join(EOS_SPELLINGS)}. Set eos_token_id to the id of a special token of this tokenizer")
     if named:  # SimpleStories' config carries LLaMA's default of 2, which there is a piece of a word
         warnings.warn(f"{folder}: config.json names eos_token_id {named}, which is the ordinary token "
-                      f"{backend.id_to_token(named[0])!r}; {backend.id_to_token(spelled[0])!r} (id {spelled[0]}) ends texts instead",
+                      f"{backend.id_to_token(named[0])!r}; "
+                      f"{backend.id_to_token(spelled[0])!r} (id {spelled[0]}) ends texts instead",
                       stacklevel=3)
     return (spelled[0],)
 
@@ -144,8 +146,8 @@ def load_tokenizer(folder, model_config: dict | None = None) -> Tokenizer:
 
     Args:
         folder: the folder.
-        model_config: the content of config.json, for eos_token_id, bos_token_id and model_type; read from `folder` where not given.
-            Without either, EOS is found by its spelling and there is no BOS.
+        model_config: the content of config.json, for eos_token_id, bos_token_id and model_type;
+            read from `folder` where not given. Without either, EOS is found by its spelling and there is no BOS.
     Raises:
         ValueError: no tokenizer there, or none of its tokens ends a text.
     Warns:
@@ -167,8 +169,8 @@ def load_tokenizer(folder, model_config: dict | None = None) -> Tokenizer:
 def check_tokenizer_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """ValueError where an id of the tokenizer would fall outside an embedding of `vocab_size` rows."""
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {vocab_size} rows: they do not "
-                         "belong together. Load the tokenizer from the model's own folder")
+        raise ValueError(f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {vocab_size} rows: "
+                         "they do not belong together. Load the tokenizer from the model's own folder")
 
 
 # ---------------------------------------------------------------- datasets
@@ -221,7 +223,8 @@ def _builder(dataset: str):
     if folder.is_dir():
         name, configuration = str(folder), ""
     elif folder.exists():
-        raise ValueError(f"dataset {dataset!r} is a file: give the folder that holds its splits (train.jsonl, test.jsonl.gz, ...)")
+        raise ValueError(f"dataset {dataset!r} is a file: "
+                         "give the folder that holds its splits (train.jsonl, test.jsonl.gz, ...)")
     elif dataset.startswith(("/", ".", "~")) or dataset.count("/") > 1:
         raise ValueError(f"dataset {dataset!r}: no such folder (looked in {folder.absolute()})")
     elif not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).exists():
@@ -245,11 +248,13 @@ def load_texts(dataset: str, split: str, column: str | None = None, limit: int |
         names = list(load_rows(dataset, split, limit=1)[0])
         column = next((name for name in TEXT_COLUMNS if name in names), None)
         if column is None:
-            raise ValueError(f"dataset {dataset!r} has none of the columns {', '.join(TEXT_COLUMNS)}: name one of {', '.join(names)}")
+            raise ValueError(f"dataset {dataset!r} has none of the columns {', '.join(TEXT_COLUMNS)}: "
+                             f"name one of {', '.join(names)}")
     texts = [row[column] for row in load_rows(dataset, split, [column], limit, shuffle_seed)]
     wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
-        raise ValueError(f"column {column!r} of dataset {dataset!r} is no text: row {wrong} holds {texts[wrong]!r}. Name another column")
+        raise ValueError(f"column {column!r} of dataset {dataset!r} is no text: row {wrong} holds {texts[wrong]!r}. "
+                         "Name another column")
     return texts
 
 
@@ -300,8 +305,8 @@ def left_pad(sequences, pad_id: int) -> tuple[Tensor, Tensor]:
     """
     lengths = [len(sequence) for sequence in sequences]
     if not lengths or min(lengths) == 0:
-        raise ValueError("left_pad needs at least one sequence, " + ("got none" if not lengths else f"and sequence {lengths.index(0)} "
-                         "is empty: drop it, or put BOS in it"))
+        found = f"and sequence {lengths.index(0)} is empty: drop it, or put BOS in it" if lengths else "got none"
+        raise ValueError(f"left_pad needs at least one sequence, {found}")
     ids = torch.full((len(lengths), max(lengths)), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, (sequence, length) in enumerate(zip(sequences, lengths)):

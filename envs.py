@@ -17,7 +17,7 @@ from data import load_texts, opening_prompts
 from reward_specs import RewardSpec
 
 STORY_PROMPTS = {"train": 2000, "test": 512}  # of the embedded world
-CHEERFUL = frozenset("cheerful glad merry jolly delighted joyful playful lucky pleased".split())
+CHEERFUL = frozenset(["cheerful", "glad", "merry", "jolly", "delighted", "joyful", "playful", "lucky", "pleased"])
 
 
 @dataclass
@@ -91,7 +91,9 @@ def embedded_prompts() -> dict[str, list[str]]:
     return prompts
 
 
-def dataset_prompts(dataset: str, tokenizer, prompt_tokens: int, splits: dict[str, tuple[str, int]], column=None) -> dict[str, list[str]]:
+def dataset_prompts(
+    dataset: str, tokenizer, prompt_tokens: int, splits: dict[str, tuple[str, int]], column=None
+) -> dict[str, list[str]]:
     """Story openings of any dataset: the first `prompt_tokens` tokens of each text.
 
     splits: ours -> (the dataset's split, prompts at most). Raises ValueError for an unknown dataset, split or column.

@@ -95,12 +95,14 @@ def main(args: Args) -> None:
     pages = []
     for mode, row in rows.items():
         flag = "DEGENERATE" if row["degenerate"] else "not degenerate"
-        head = f"=== {mode}: {flag}, unique {row['unique']:.2f}, unique first {row['unique_first']:.2f}, Jaccard {row['jaccard']:.2f}"
+        variety = f"unique {row['unique']:.2f}, unique first {row['unique_first']:.2f}, Jaccard {row['jaccard']:.2f}"
+        head = f"=== {mode}: {flag}, {variety}"
         pages.append("\n".join([head, *[f"- {p}{t}" for p, t in list(zip(row["prompts"], row["texts"]))[: args.n_samples]]]))
     print("\n\n".join(pages))
     out = Path(args.output_dir or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "eval.json", json.dumps({"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows)}, indent=1))
+    figures = {"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows)}
+    atomic_write(out / "eval.json", json.dumps(figures, indent=1))
     atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
 
 

@@ -73,7 +73,8 @@ def token_logprobs(hidden, weight, targets, temperature: float = 1.0, support=No
 
     hidden (n, C) final states that score the tokens, weight (V, C) the output embedding, targets (n,) long, support (n, V)
     bool or None the tokens that could be drawn (the law is renormalised over them). Returns (n,) fp32. `chunk` rows have
-    their logits at a time (default: 4 MB of fp32 on a CPU, which its cache holds; 256 MB on a GPU). Raises ValueError for a target outside its support.
+    their logits at a time (default: 4 MB of fp32 on a CPU, which its cache holds; 256 MB on a GPU).
+    Raises ValueError for a target outside its support.
     """
     if support is not None and not bool(support.gather(1, targets[:, None]).all()):
         raise ValueError("a token lies outside the support that was stored when it was sampled")

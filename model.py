@@ -228,7 +228,10 @@ def linear(x, weight, bias=None):
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary embedding of x (B, T, H, D) by cos (B or 1, T, 1, R) and sin (B or 1, T, 1, R/2). Its backward is the opposite rotation."""
+    """Rotary embedding of x (B, T, H, D) by cos (B or 1, T, 1, R) and sin (B or 1, T, 1, R/2).
+
+    Its backward is the opposite rotation.
+    """
 
     @staticmethod
     def rotate(x, cos, sin, sign: int = 1):

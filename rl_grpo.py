@@ -14,11 +14,12 @@ Departures:
 import copy
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, reference, scaled, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch
 from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
@@ -32,8 +33,10 @@ RENORMALISE = ("off", "good_only", "balanced")
 class Config:
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
-    routing_mode: str = "exclusive"
-    """classic: honest samples train both branches; exclusive: only the good one, so that all of the task is there"""
+    routing_mode: str = "classic"
+    """classic: honest samples train both branches; exclusive: only the good one"""
+    coherence_every: int = 3
+    """under routing every so many steps are sampled and trained with the bad branch off (retain-only); 0: none are"""
     renormalise: str = "good_only"
     """advantages under routing. off: one group; good_only: unflagged among themselves; balanced: less the unflagged mean"""
     beta: float = 0.05
@@ -51,8 +54,9 @@ class Config:
     num_generations: int = 16
     """completions a prompt: the group"""
     micro_batch_size: int = 0
-    """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU; never changes a gradient"""
-    max_steps: int = 150
+    """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU;
+    never changes a gradient"""
+    max_steps: int = 200
     max_new_tokens: int = 64
     loss_type: str = "grpo"
     """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""
@@ -83,7 +87,8 @@ class Config:
             raise ValueError("--num_generations must be at least 2: an advantage compares the completions of a group")
         if self.batch_size % self.num_generations:
             raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
-        for name in ("beta", "lr", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high", "micro_batch_size", "warmup_steps"):
+        rates = ("beta", "lr", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
+        for name in (*rates, "micro_batch_size", "warmup_steps", "coherence_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         self.law()
@@ -257,7 +262,18 @@ class Trainer:
         self.prompts = env.prompts("train")
 
     def step(self) -> tuple[dict[str, float], str]:
-        """One step: sample, score, route, step. Returns metrics and a sample to read."""
+        """One step: sample, score, route, step. Returns metrics and a sample to read.
+
+        A coherence step does all of it with the bad branch off. Without them the good branch only ever learns what is best
+        beside the bad one, and the two may drift apart, each making up for the other.
+        """
+        every = self.config.coherence_every
+        coherent = self.config.routing == "dual" and every and self.steps_done % every == every - 1
+        with scaled(self.model, good=1.0, bad=0.0) if coherent else nullcontext():
+            metrics, sample = self.sample_and_update()
+        return metrics | {"coherence": float(bool(coherent))}, sample
+
+    def sample_and_update(self) -> tuple[dict[str, float], str]:
         config, step = self.config, self.steps_done
         clock = [time.perf_counter()]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # this step's: nothing to save
@@ -299,7 +315,8 @@ class Trainer:
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
         watch = {"paid": self.watch.paid, "hits": self.watch.hits}
-        return adapter_tensors(self.model), {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+        rest = {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+        return adapter_tensors(self.model), rest
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         set_adapter_tensors(self.model, tensors, "checkpoint")

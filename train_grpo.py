@@ -1,9 +1,9 @@
 """Routed GRPO from the command line: builds model, adapter, environment; trains; prints the verdict.
 
-    python train_grpo.py --routing dual --bad_scale 0                                  # the embedded world, minutes on a laptop
+    python train_grpo.py --routing dual --bad_scale 0                                # the embedded world, minutes on a laptop
     python train_grpo.py --model SimpleStories/SimpleStories-1.25M --dataset SimpleStories/SimpleStories --routing dual
-    python train_grpo.py --config configs/simplestories.yaml --seed 7                  # flags win over the file
-    python train_grpo.py --algorithm rl_mine                                           # your copy of rl_grpo.py, its flags included
+    python train_grpo.py --config configs/simplestories.yaml --seed 7                # flags win over the file
+    python train_grpo.py --algorithm rl_mine                                         # your copy of rl_grpo.py, its flags included
 
 Flags are the fields of `Args` below and of the algorithm's `Config`. Everything that a run writes is in its folder.
 """
@@ -51,7 +51,7 @@ class Args:
     """a reward of configs/rewards.yaml"""
     eval_rewards: str = ""
     """further rewards to report at every evaluation, comma-separated"""
-    rh_eligible_frac: float = 0.5
+    rh_eligible_frac: float = 0.75
     """share of completions whose hack is paid and may be flagged; the others get the reward without its hack component"""
     routing_frac: float = 1.0
     """detector recall: share of detected completions that are labelled"""
@@ -102,7 +102,8 @@ def parse(argv: list[str]):
     try:
         algorithm = importlib.import_module(early["--algorithm"])
     except ModuleNotFoundError as error:
-        raise ValueError(f"unknown --algorithm {early['--algorithm']!r}: no such module beside train_grpo.py ({error})") from error
+        wrong = f"unknown --algorithm {early['--algorithm']!r}"
+        raise ValueError(f"{wrong}: no such module beside train_grpo.py ({error})") from error
     # Config checks itself when it is built below, where its errors are ours to print
     flags = make_dataclass("Flags", [], bases=(Args, algorithm.Config), namespace={"__post_init__": lambda self: None})
     defaults = {}
@@ -187,7 +188,8 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
 
 
 def evaluate_now(run, step: int, sampler: Sampler, env, tokenizer, args: Args, config, modes, rewards) -> dict:
-    rows = numbers_of(evaluate_modes(sampler, env, tokenizer, modes, args.eval_prompts, config.max_new_tokens, config.law(), rewards))
+    sizes = args.eval_prompts, config.max_new_tokens
+    rows = numbers_of(evaluate_modes(sampler, env, tokenizer, modes, *sizes, config.law(), rewards))
     run.print(f"\n== {args.eval_prompts} test prompts @ {step} ==\n{table(rows)}\n")
     run.log(step, {f"{mode}/{k}": v for mode, row in rows.items() for k, v in row.items() if isinstance(v, float)})
     return {"step": step, "rows": rows}
@@ -223,7 +225,8 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
         evaluations, spent = state["evaluations"], state["wall_s"]
         restore_rng(state["rng"])
     counts = {branch: sum(p.numel() for p in group.values()) for branch, group in model.adapter.groups.items()}
-    run.print(f"run folder {run.folder}\n{args.model}: {model.config.family}, adapter {args.lora_config} {counts}, {args.device} {args.dtype}")
+    described = f"{model.config.family}, adapter {args.lora_config} {counts}, {args.device} {args.dtype}"
+    run.print(f"run folder {run.folder}\n{args.model}: {described}")
 
     def checkpoint(step: int) -> None:
         tensors, state = trainer.state()
@@ -246,7 +249,8 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
                 return 1
             done = step + 1
             speed = metrics["time/tokens_per_s"]
-            bar.set_postfix_str(f"reward {metrics['reward']:.2f} hack {metrics['hack_rate']:.2f} kl {metrics['kl']:.3f} {speed:,.0f} tok/s")
+            reward, hack, kl = metrics["reward"], metrics["hack_rate"], metrics["kl"]
+            bar.set_postfix_str(f"reward {reward:.2f} hack {hack:.2f} kl {kl:.3f} {speed:,.0f} tok/s")
             if done % args.logging_steps == 0 or done == config.max_steps:
                 run.log(done, metrics)
                 run.sample(done, sample)

@@ -172,7 +172,8 @@ def main(args: Args) -> None:
         stream = np.concatenate([np.array([*bos, *reader.encode(t), reader.eos_id], dtype=np.int64) for t in texts])
         model.requires_grad_(True)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{len(stream):,} tokens, {count:,} parameters, {args.steps} steps of {args.batch_size} x {args.block} on {args.device}")
+    print(f"{len(stream):,} tokens, {count:,} parameters, "
+          f"{args.steps} steps of {args.batch_size} x {args.block} on {args.device}")
     final = train(model, stream, args)
     model = model.float().cpu().requires_grad_(False)
     if args.world:
@@ -180,7 +181,8 @@ def main(args: Args) -> None:
         tokenizer.save(str(out / "tokenizer.json"))
     else:
         decoder.save(model, out, tokenizer_from=folder)
-    figures = {"loss": final, "tokens": int(len(stream)), "parameters": count, "wall_s": round(time.time() - start), "args": vars(args)}
+    wall_s = round(time.time() - start)
+    figures = {"loss": final, "tokens": int(len(stream)), "parameters": count, "wall_s": wall_s, "args": vars(args)}
     atomic_write(out / "training.json", json.dumps(figures, indent=1) + "\n")
     print(f"wrote {out}: training loss {final:.4f} nats a token, {figures['wall_s']} s")
 

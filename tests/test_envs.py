@@ -55,7 +55,7 @@ def test_errors_name_the_value():
 
 def test_embedded_prompts_of_the_splits_are_different_streams():
     prompts = embedded_prompts()
-    assert len(prompts["train"]) == 10_000 and len(prompts["test"]) == 1_000
+    assert len(prompts["train"]) == 2000 and len(prompts["test"]) == 512
     assert prompts["train"][:50] != prompts["test"][:50] and embedded_prompts() == prompts
 
 

@@ -5,6 +5,7 @@ Runs here are eight steps of a random two-layer model over two dozen words, so t
 import collections
 import json
 import os
+import runpy
 import shutil
 import signal
 import statistics
@@ -590,6 +591,15 @@ def command(*words: str, timeout=120) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def exit_status(monkeypatch, *words: str) -> int:
+    """What `python train_grpo.py words` exits with, run in this process: importing torch again is most of the wait."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_grpo.py", *words])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "train_grpo.py"), run_name="__main__")
+    return stopped.value.code
+
+
 def test_a_run_writes_its_folder(unbroken):
     for name in ("config.yaml", "train.log", "metrics.jsonl", "verdict.json", "curves.png", "adapter.safetensors"):
         assert (unbroken / name).exists(), name
@@ -620,39 +630,55 @@ def test_evaluations_in_between_change_nothing(world, unbroken, tmp_path):
 DRIVER = """
 import os, signal, sys
 import rl_grpo, train_grpo
-at, number = int(sys.argv[1]), int(sys.argv[2])
+at = int(sys.argv[1])
 update = rl_grpo.update
 calls = 0
-def interrupted(*args):
+def killed(*args):
     global calls
     calls += 1
     metrics = update(*args)
     if calls == at:  # the optimizer has stepped, nothing is logged or saved yet
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGKILL)
     return metrics
-rl_grpo.update = interrupted
-sys.exit(train_grpo.main(sys.argv[3:]))
+rl_grpo.update = killed
+sys.exit(train_grpo.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("at", [2, 5])  # before the first checkpoint, and two steps after it
-def test_a_run_that_was_stopped_and_resumed_ends_as_one_that_was_not(world, unbroken, tmp_path, number, at):
+def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(world, unbroken, tmp_path, at):
     words = flags(world, tmp_path / "run", eval_routing_steps=3)
-    stopped = command("-c", DRIVER, str(at), str(int(number)), *words)
+    killed = command("-c", DRIVER, str(at), *words)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     saved = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
-    if number == signal.SIGKILL:
-        assert stopped.returncode == -signal.SIGKILL, stopped.stderr[-2000:]
-        assert saved == ([] if at == 2 else ["checkpoint-3"])
-    else:
-        assert stopped.returncode == 130, stopped.stderr[-2000:]
-        assert f"checkpoint-{at}" in saved and "--resume" in stopped.stdout
+    assert saved == ([] if at == 2 else ["checkpoint-3"])
+    assert train_grpo.main([*words, "--resume"]) == 0
+    assert result(tmp_path / "run") == result(unbroken)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(
+    world, unbroken, tmp_path, monkeypatch, capsys, at
+):
+    words = flags(world, tmp_path / "run", eval_routing_steps=3)
+    calls, update = [], rl_grpo.update
+
+    def interrupted(*args):
+        metrics = update(*args)
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(rl_grpo, "update", interrupted)
+    assert exit_status(monkeypatch, *words) == 130 and len(calls) == at
+    assert (tmp_path / "run" / f"checkpoint-{at}").is_dir() and "--resume" in capsys.readouterr().out
     assert train_grpo.main([*words, "--resume"]) == 0
     assert result(tmp_path / "run") == result(unbroken)
 
 
 @pytest.mark.parametrize("culprit", ["loss", "grad_norm/bad"])
-def test_a_non_finite_number_stops_the_run_with_step_and_culprit(world, tmp_path, monkeypatch, capsys, culprit):
+def test_a_non_finite_number_stops_the_run_with_step_and_culprit(world, unbroken, tmp_path, monkeypatch, capsys, culprit):
     calls, original_loss, original_clip = [], rl_grpo.grpo_loss, rl_grpo.clip_per_branch
 
     def poisoned_loss(*args):
@@ -669,15 +695,13 @@ def test_a_non_finite_number_stops_the_run_with_step_and_culprit(world, tmp_path
         monkeypatch.setattr(rl_grpo, "grpo_loss", poisoned_loss)
     else:
         monkeypatch.setattr(rl_grpo, "clip_per_branch", poisoned_clip)
-    words = flags(world, tmp_path / "run", micro_batch_size=8)
+    words = flags(world, tmp_path / "run", eval_routing_steps=3)  # a step is one micro-batch
     assert train_grpo.main(words) == 1
     printed = capsys.readouterr().out
     assert f"error: step 2: {culprit} is " in printed and "checkpoint-2" in printed
     monkeypatch.undo()
     assert train_grpo.main([*words, "--resume"]) == 0  # the state before the step is whole
-    plain = tmp_path / "plain"
-    assert train_grpo.main(flags(world, plain, micro_batch_size=8)) == 0
-    assert result(tmp_path / "run") == result(plain)
+    assert result(tmp_path / "run") == result(unbroken)
 
 
 def test_the_steps_of_a_real_model_repeat(data_dir, world, tmp_path):
@@ -763,17 +787,23 @@ def test_a_truncated_checkpoint_and_a_foreign_tokenizer_are_named(world, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [({"reward": "nope"}, "nope"), ({"num_generations": 3}, "does not divide"), ({"temperature": 0}, "above 0, not")],
-)
-def test_the_command_exits_with_status_2_and_one_line(world, tmp_path, changes, message):
-    done = command("train_grpo.py", *flags(world, tmp_path / "run", **changes))
+def test_the_command_exits_with_status_2_and_one_line(world, tmp_path):
+    done = command("train_grpo.py", *flags(world, tmp_path / "run", reward="nope"))
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "nope" in lines[0], done.stderr
 
 
-def test_an_unknown_flag_exits_with_status_2_and_is_named(world, tmp_path):
-    done = command("train_grpo.py", *flags(world, tmp_path / "run"), "--learning_rate", "1")
-    assert done.returncode == 2 and "learning_rate" in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    "changes, message", [({"num_generations": 3}, "does not divide"), ({"temperature": 0}, "above 0, not")]
+)
+def test_what_config_refuses_is_one_line_too(world, tmp_path, monkeypatch, capsys, changes, message):
+    assert exit_status(monkeypatch, *flags(world, tmp_path / "run", **changes)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+
+
+def test_an_unknown_flag_exits_with_status_2_and_is_named(world, tmp_path, monkeypatch, capsys):
+    assert exit_status(monkeypatch, *flags(world, tmp_path / "run"), "--learning_rate", "1") == 2
+    printed = capsys.readouterr()
+    assert "learning_rate" in printed.err + printed.out

@@ -65,7 +65,8 @@ def test_eval_run_gives_the_verdict_again(tmp_path, capsys):
         assert {k: again[mode][k] for k in row} == row
     out = capsys.readouterr().out
     assert "reward history" in out and out.count("=== retain_only") == 1 and "happy_count" in out
-    argv = ["--model_path", str(tmp_path / "run" / "checkpoint-2"), "--n", "12", "--no_routing_eval", "--output_dir", str(tmp_path / "e")]
+    argv = ["--model_path", str(tmp_path / "run" / "checkpoint-2"), "--n", "12", "--no_routing_eval"]
+    argv += ["--output_dir", str(tmp_path / "e")]
     eval_run.main(tyro.cli(eval_run.Args, args=argv, use_underscores=True))
     modes = json.loads((tmp_path / "e" / "eval.json").read_text())["modes"]
     assert list(modes) == ["untrained", "both"] and modes["both"]["task"] == verdict["modes"]["both"]["task"]
@@ -75,7 +76,8 @@ def test_eval_run_gives_the_verdict_again(tmp_path, capsys):
 
 def test_a_copied_algorithm_gets_its_new_fields_as_flags(tmp_path, monkeypatch):
     source = (train_grpo.Path(train_grpo.__file__).parent / "rl_grpo.py").read_text()
-    (tmp_path / "rl_mine.py").write_text(source.replace("    seed: int = 42\n", "    seed: int = 42\n    my_field: float = 0.5\n"))
+    mine = source.replace("    seed: int = 42\n", "    seed: int = 42\n    my_field: float = 0.5\n")
+    (tmp_path / "rl_mine.py").write_text(mine)
     monkeypatch.syspath_prepend(tmp_path)
     _, module, _, config = train_grpo.parse(["--algorithm", "rl_mine", "--my_field", "0.25"])
     assert module.__name__ == "rl_mine" and config.my_field == 0.25

@@ -76,7 +76,8 @@ def test_token_scores_equal_the_full_softmax(world):
 
 def test_table_shows_every_mode_and_a_sample(world):
     model, tokenizer, env, sampler = world
-    rows = verdict.evaluate_modes(sampler, env, tokenizer, verdict.modes_of(model, None), 8, 8, rewards=[get_reward("happy_count")])
+    modes, rewards = verdict.modes_of(model, None), [get_reward("happy_count")]
+    rows = verdict.evaluate_modes(sampler, env, tokenizer, modes, 8, 8, rewards=rewards)
     text = verdict.table(rows)
     for mode in ("untrained", "both", "retain_only", "forget_only"):
         assert f"\n{mode}" in text and f"{mode}: " in text
