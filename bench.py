@@ -26,7 +26,7 @@ import tyro
 from adapters import attach, branch_parameters, preset
 from data import load_tokenizer
 from envs import Scores
-from model import Decoder, ModelConfig, load, projections, read_json
+from model import Decoder, ModelConfig, load, product, projections, read_json
 from rl_grpo import Config, Trainer
 
 RANDOM_CONFIGS = {
@@ -179,7 +179,7 @@ def gemm_rate(shapes: list[tuple[int, int, int]], dtype, device: str, seconds: f
         synchronize(device)
         start = time.perf_counter()
         for x, w in pairs:
-            x @ w.t()
+            product(x, w)
         synchronize(device)
         took = time.perf_counter() - start
         best, spent, rounds = min(best, took), spent + took, rounds + 1
@@ -349,9 +349,10 @@ def run_with_trl(args: Args, trainer: Trainer, tokenizer, prompts: list[str], fo
             output_dir=scratch, per_device_train_batch_size=args.batch_size, num_generations=args.num_generations,
             gradient_accumulation_steps=1, max_completion_length=args.max_new_tokens, loss_type="grpo",
             max_steps=args.warmup + args.repeats, beta=args.beta, learning_rate=1e-5, temperature=1.0, use_vllm=False,
-            bf16=args.peer_bf16 or args.dtype == "bfloat16", activation_checkpointing=False, use_cpu=cpu, report_to=[],
+            bf16=args.peer_bf16, activation_checkpointing=False, use_cpu=cpu, report_to=[],
             logging_strategy="no", save_strategy="no", disable_tqdm=True, seed=args.seed,
-            generation_kwargs={"min_new_tokens": args.max_new_tokens}, model_init_kwargs={"dtype": args.dtype},
+            generation_kwargs={"min_new_tokens": args.max_new_tokens},
+            model_init_kwargs={"dtype": "bfloat16" if args.peer_bf16 else "float32"},
         )  # fmt: skip
         peer = GRPOTrainer(
             model=str(folder), reward_funcs=reward, args=config, processing_class=processing,

@@ -150,7 +150,7 @@ def render(figures: dict, training: dict, samples: dict) -> str:
         "Its texts are fiction made of word lists; it knows nothing of the world.\n",
         "Made again by (tokenizer, model, and this card; a CPU and a GPU differ in the last bits):\n",
         f"    python train_sft.py --world --documents {a['documents']} --steps {a['steps']} --batch_size {a['batch_size']} "
-        "--output_dir assets/tiny && python card.py\n",
+        "--output_dir output/tiny && python card.py --model output/tiny\n",
         f"## Figures ({figures['documents']} test documents a dialect, seed {figures['seed']})\n",
         "| dialect | held-out loss, nats a token | generator's entropy | gap |",
         "|---|---|---|---|",

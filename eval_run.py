@@ -19,7 +19,7 @@ from adapters import attach, load_adapter, preset, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from data import load_tokenizer
 from envs import Stories, check_lengths, dataset_prompts
-from model import load, read_json
+from model import check_device, load, read_json
 from reward_specs import get_reward
 from sampling import Law, Sampler
 from verdict import evaluate_modes, modes_of, numbers_of, table
@@ -69,8 +69,11 @@ def history(folder: Path, rows: int = 12) -> str:
 def main(args: Args) -> None:
     if args.n < 1 or args.n_samples < 0:
         raise ValueError(f"--n must be at least 1 and --n_samples at least 0, not {args.n} and {args.n_samples}")
+    check_device(args.device)
     folder, checkpoint = find(Path(args.model_path))
     run = runs.read_config(folder)
+    if args.bad_scale is not None and run["routing"] != "dual":
+        raise ValueError(f"--bad_scale scales the bad branch, which {folder} does not have (--routing {run['routing']})")
     extra = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
     model, path = load(run["model"], dtype=getattr(torch, run["dtype"]), device=args.device)
     tokenizer = load_tokenizer(path, read_json(path / "config.json"))

@@ -284,7 +284,8 @@ def attend(q, k, v, bias, causal: bool):
         bias = bias.to(q.dtype)[:, :, None].expand(-1, 1 if len(bias) == 1 else groups, heads // groups, length, -1)
         bias = bias.reshape(-1, rows, keys)
         scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=dim**-0.5)
-    return torch.bmm(scores.softmax(-1), v).view(batch, heads, length, dim)
+    probs = scores.softmax(-1, dtype=torch.float32 if q.is_cuda else None).to(v.dtype)
+    return torch.bmm(probs, v).view(batch, heads, length, dim)
 
 
 def causal_bias(length: int, keys: int, dtype, device) -> torch.Tensor:
@@ -529,6 +530,14 @@ def resolve(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     return folder
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def read_json(path: Path) -> dict:

@@ -59,19 +59,32 @@ def hooked_shut(model: Decoder, branches: list[str]):
             hook.remove()
 
 
+def protected(mode: str, flagged: bool) -> list[str]:
+    """The branches that may not learn from a homogeneous batch of flagged or of honest samples."""
+    table = {("classic", False): [], ("exclusive", False): ["bad"], ("classic", True): ["good"], ("exclusive", True): ["good"]}
+    if (mode, flagged) not in table:
+        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(ROUTING_MODES)}")
+    return table[mode, flagged]
+
+
+def drop_protected(model: Decoder, mode: str, is_rh: torch.Tensor) -> None:
+    """Zeros to None for branches that no sample was allowed to train: a zero gradient still moves by momentum and decay."""
+    for name in model.adapter.names:
+        if all(name in protected(mode, bool(flag)) for flag in is_rh.unique()):
+            for p in parameters_of(model, name):
+                p.grad = None
+
+
 def two_pass_backward(model: Decoder, loss_of, is_rh: torch.Tensor, mode: str) -> None:
     """The reference for one-pass routing: honest and flagged samples in backward passes of their own.
 
     `loss_of(rows)` returns the loss of the samples `rows` (n,) as their share of the whole batch's loss: with a batch mean
     that is n_sub / n_total times their own mean (completions for grpo and dr_grpo, valid tokens for bnpo and dapo).
     """
-    protected = {"classic": ([], ["good"]), "exclusive": (["bad"], ["good"])}
-    if mode not in protected:
-        raise ValueError(f"unknown routing mode {mode!r}; known: {', '.join(ROUTING_MODES)}")
-    for flagged, shut in zip((False, True), protected[mode]):
+    for flagged in (False, True):
         rows = (is_rh == flagged).nonzero().squeeze(1)
-        if len(rows):
-            with hooked_shut(model, shut):
+        with hooked_shut(model, protected(mode, flagged)):
+            if len(rows):
                 loss_of(rows).backward()
 
 

@@ -219,6 +219,15 @@ def _number(value, key: str, step: int) -> float | int | bool:
     return value
 
 
+def check_same_config(folder: Path, config: dict, allow=frozenset({"resume", "output_dir"})) -> None:
+    """Raises ValueError, in one line, unless a run folder was made with this config, but for the fields in `allow`."""
+    if differing := _differences(read_config(folder), _plain(config), allow):
+        raise ValueError(
+            f"can't resume {folder} with other flags: {'; '.join(line.strip() for line in differing)}. Give the folder's own, or "
+            "start a new run under another --output_dir"
+        )
+
+
 class Run:
     """An open run folder. Made by `Run.open`; `checkpoint` is what to resume from, or None; `step` its step, or 0."""
 
@@ -255,9 +264,8 @@ class Run:
             raise ValueError(f"{folder} already holds a run: --resume goes on with it, another --output_dir (or seed) starts "
                              "beside it, or delete it first")
         checkpoint, step, entries, message = None, 0, [], None
-        if used and (differing := _differences(read_config(folder), _plain(config), allow)):
-            raise ValueError(f"can't resume {folder} with another config:\n" + "\n".join(differing) +
-                             "\nGive the folder's values, or start a new run under another --output_dir")
+        if used:
+            check_same_config(folder, config, allow)
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
         if used:

@@ -81,6 +81,7 @@ def draw(logits, uniform, law: Law, young, stop_ids):
     cumulative = probs.cumsum(-1)
     # first index whose cumulative probability reaches uniform * total: never one of probability 0, since uniform > 0
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])
+    token = token.clamp_(max=logits.shape[-1] - 1)  # NaN logits: the token's log-probability is NaN, and the step stops there
     picked = probs.gather(1, token)
     if logits.is_cuda:  # its parallel sum may rise by a rounding where a probability is 0
         token = torch.where(picked > 0, token, probs.argmax(-1, keepdim=True))

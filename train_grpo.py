@@ -26,7 +26,7 @@ from adapters import attach, export_peft, preset, save_adapter
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Stories, check_lengths, dataset_prompts
-from model import load, read_json
+from model import check_device, load, read_json
 from reward_specs import get_reward
 from sampling import Sampler
 from verdict import evaluate_modes, modes_of, numbers_of, table
@@ -104,6 +104,8 @@ def parse(argv: list[str]):
     except ModuleNotFoundError as error:
         wrong = f"unknown --algorithm {early['--algorithm']!r}"
         raise ValueError(f"{wrong}: no such module beside train_grpo.py ({error})") from error
+    if not hasattr(algorithm, "Config") or not hasattr(algorithm, "Trainer"):
+        raise ValueError(f"--algorithm {early['--algorithm']!r} has no Config and Trainer: copy rl_grpo.py to start one")
     # Config checks itself when it is built below, where its errors are ours to print
     flags = make_dataclass("Flags", [], bases=(Args, algorithm.Config), namespace={"__post_init__": lambda self: None})
     defaults = {}
@@ -111,15 +113,35 @@ def parse(argv: list[str]):
         path = Path(early["--config"])
         if not path.is_file():
             raise ValueError(f"--config {path}: no such file")
-        defaults = yaml.safe_load(path.read_text()) or {}
-        known = {f.name for f in fields(flags)}
-        if unknown := sorted(set(defaults) - known):
-            raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        defaults = read_defaults(path, {f.name: f.type for f in fields(flags)})
     usage = {"use_underscores": True, "description": __doc__}
     values = asdict(tyro.cli(flags, args=rest, default=flags(**defaults), **usage))
     args = Args(**{f.name: values[f.name] for f in fields(Args)})
     config = algorithm.Config(**{f.name: values[f.name] for f in fields(algorithm.Config)})
     return early["--algorithm"], algorithm, args, config
+
+
+def read_defaults(path: Path, types: dict) -> dict:
+    """The flags that a YAML file sets, checked against the fields' types. Raises ValueError naming the file and the key."""
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map flags to values")
+    if unknown := sorted(set(values) - set(types)):
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(types))}")
+    for name, value in values.items():
+        if types[name] in (int, float):  # YAML reads 1e-3 as text and 1 as an int
+            try:
+                values[name] = types[name](value)
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}: {name} must be {types[name].__name__}, not {value!r}") from None
+            if values[name] != float(value):
+                raise ValueError(f"{path}: {name} must be {types[name].__name__}, not {value!r}")
+        elif types[name] in (bool, str) and not isinstance(value, types[name]):
+            raise ValueError(f"{path}: {name} must be {types[name].__name__}, not {value!r}")
+    return values
 
 
 def check(args: Args, config) -> None:
@@ -128,8 +150,11 @@ def check(args: Args, config) -> None:
         raise ValueError("--bad_scale scales the bad branch, which only --routing dual has")
     if args.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"unknown --dtype {args.dtype!r}; known: float32, bfloat16")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: no CUDA device here; use --device cpu")
+    check_device(args.device)
+    if args.lora_config == "full" and args.dtype != "float32":
+        raise ValueError("--lora_config full trains the base weights; bfloat16 would round their updates away: --dtype float32")
+    if args.dataset and args.train_split == args.eval_split:
+        raise ValueError(f"--eval_split {args.eval_split!r} is the training split too: evaluate on prompts of its own")
     for name in ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
@@ -206,6 +231,12 @@ def main(argv: list[str]) -> int:
     defaults = {"algorithm": "rl_grpo"} | asdict(Args()) | asdict(algorithm.Config())
     lead = ("reward", "routing", "lora_config", "lr", "beta")
     folder = Path(args.output_dir or Path("output") / runs.run_name(resolved, defaults, lead=lead, ignore=QUIET))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --output_dir")
+    if args.resume and not (folder / "config.yaml").is_file():
+        raise ValueError(f"--resume: {folder} holds no run (other flags make another name): give the run's --output_dir")
+    if args.resume:
+        runs.check_same_config(folder, resolved)
     if folder.exists() and not args.resume and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, or choose another --output_dir, or delete it")
     model, tokenizer, env, eval_rewards = build(args, config)
@@ -236,10 +267,10 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
     def evaluate(step: int, which: dict) -> None:
         evaluations.append(evaluate_now(run, step, trainer.sampler, env, tokenizer, args, config, which, eval_rewards))
 
-    if previous == 0:
-        evaluate(0, {"untrained": None})
     bar = tqdm(range(previous, config.max_steps), initial=previous, total=config.max_steps, desc="grpo", smoothing=0.05)
     with runs.interruptible() as interrupt:
+        if not evaluations:
+            evaluate(0, {"untrained": None})
         for step in bar:
             try:
                 metrics, sample = trainer.step()
@@ -258,7 +289,7 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
                 evaluate(done, modes)
             if (args.save_steps and done % args.save_steps == 0) or done == config.max_steps or interrupt.requested:
                 checkpoint(done)
-            if interrupt.requested and done < config.max_steps:
+            if interrupt.requested:
                 run.print(f"stopped after step {done}; go on with: {run.resume_command()}")
                 return 130
     evaluate(config.max_steps, modes)
@@ -283,3 +314,6 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,6 +1,6 @@
 """Trains a language model on text: the next-token loss, AdamW, cosine schedule. It makes the embedded model.
 
-    python train_sft.py --world --output_dir assets/tiny                    # tokenizer, model and card, from nothing
+    python train_sft.py --world --output_dir output/tiny                    # tokenizer and model from nothing; then card.py
     python train_sft.py --model tiny --dataset roneneldan/TinyStories       # goes on from a model, on any dataset
 
 In order: text, tokenizer, model, loop, and for the embedded world its card (card.py). Documents are joined as
@@ -148,6 +148,11 @@ def train(model, stream: np.ndarray, args: Args) -> float:
 def main(args: Args) -> None:
     if args.world == bool(args.dataset):
         raise ValueError("give --world (the embedded world) or --dataset, one of them")
+    for name in ("steps", "batch_size", "block", "warmup", "documents"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if Path(args.output_dir, "model.safetensors").exists():
+        raise ValueError(f"{args.output_dir} holds a model already: delete it, or choose another --output_dir")
     torch.manual_seed(args.seed)
     out = Path(args.output_dir)
     start = time.time()
@@ -168,6 +173,7 @@ def main(args: Args) -> None:
         special = {}
         texts = data.load_texts(args.dataset, "train", args.column)
         reader = data.load_tokenizer(folder)
+        data.check_tokenizer_fits(reader, model.config.vocab_size)
         bos = [] if reader.bos_id is None else [reader.bos_id]
         stream = np.concatenate([np.array([*bos, *reader.encode(t), reader.eos_id], dtype=np.int64) for t in texts])
         model.requires_grad_(True)

@@ -65,7 +65,7 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
     Returns task, hack, reward (means), every component as component/<label>, unique, unique_first, jaccard, degenerate,
     length (tokens), kl (sum over a completion's tokens of log pi - log ref, mean over completions: nats a completion), base_nll
     (mean loss a token under the untrained model, nats), sample. `rewards` are further RewardSpecs whose mean reward is
-    reported as eval/<name>.
+    reported as eval/<name>, and their components as eval_component/<name>/<label>.
     """
     from data import left_pad
 
@@ -92,7 +92,10 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
         "base_nll": (-base_logprobs.sum() / lengths.sum()).item(),
     }  # fmt: skip
     row |= {f"component/{label}": part.mean().item() for label, part in scores.components.items()}
-    row |= {f"eval/{spec.name}": float(spec.evaluate(texts, prompts).reward.mean()) for spec in rewards}
+    for spec in rewards:
+        values = spec.evaluate(texts, prompts)
+        row[f"eval/{spec.name}"] = float(values.reward.mean())
+        row |= {f"eval_component/{spec.name}/{label}": float(part.mean()) for label, part in values.components.items()}
     bad = [key for key, value in row.items() if not math.isfinite(value)]
     if bad:
         raise ValueError(f"evaluation gave a non-finite {bad[0]}")

@@ -260,6 +260,18 @@ def test_one_pass_equals_two_and_brute_force_in_fp64(kind, family, loss_type, mo
         assert_same_gradients(gradients, truth, 1e-12)
 
 
+@pytest.mark.parametrize("labels", ["mixed", True, False])
+@pytest.mark.parametrize("mode", ["classic", "exclusive"])
+def test_the_two_pass_flag_trains_as_one_pass_does(mode, labels):
+    model = policy("lora", "llama")
+    rollout, advantages, is_rh = a_batch(model)
+    flags = is_rh if labels == "mixed" else torch.full_like(is_rh, labels)
+    one = one_pass(model, rollout, advantages, flags, config("bnpo", mode=mode, size=3))
+    two = one_pass(model, rollout, advantages, flags, config("bnpo", mode=mode, size=3, passes=2))
+    assert_same_gradients(two, one, 1e-6)
+    assert {n for n, g in one.items() if g is None} == {n for n, g in two.items() if g is None}
+
+
 @pytest.mark.parametrize("mode", ["classic", "exclusive", None])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_routing_off_and_beta_zero_against_brute_force(beta, mode, plain):
@@ -622,7 +634,7 @@ def test_a_rollout_with_micro_batches_of_any_size_has_the_same_weights():
     for loss_type in LOSS_TYPES:
         weights = token_weights(rollout.mask, loss_type, MAX_NEW_TOKENS)
         for size in (1, 3, 7, 0):
-            parts = rl_grpo.micro_batches(rollout, size)
+            parts = rl_grpo.micro_batches(rollout, size, None)
             assert sorted(torch.cat(parts).tolist()) == list(range(7))
             assert sum(float(weights[rows].sum()) for rows in parts) == pytest.approx(float(weights.sum()), rel=1e-6)
         total = 27 / 42 if loss_type == "dr_grpo" else 1  # lengths 6 2 1 4 6 3 5: 27 tokens of 7 * 6

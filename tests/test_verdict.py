@@ -43,8 +43,8 @@ def test_untrained_row_is_the_base_model(world):
     model, tokenizer, env, sampler = world
     row = verdict.evaluate(sampler, None, env, tokenizer, 16, 24)
     plain, _ = decoder.load("tiny")
-    adapters.attach(plain, adapters.AdapterSpec("lora"))
-    fresh = verdict.evaluate(Sampler(plain), {}, env, tokenizer, 16, 24)
+    adapters.attach(plain, adapters.preset("r1", dual=False))
+    fresh = verdict.evaluate(Sampler(plain), {"adapter": 1.0}, env, tokenizer, 16, 24)
     assert row["texts"] == fresh["texts"] and row["base_nll"] == pytest.approx(fresh["base_nll"], rel=1e-6)
     assert row["kl"] == 0 and abs(fresh["kl"]) < 1e-3
 
