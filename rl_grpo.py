@@ -37,7 +37,7 @@ class Config:
     """classic: honest samples train both branches; exclusive: only the good one"""
     passes: int = 1
     """1: one backward pass, routed by gates; 2: the slow reference, honest and flagged samples apart, protected by hooks"""
-    coherence_every: int = 3
+    coherence_every: int = 4
     """under routing every so many steps are sampled and trained with the bad branch off (retain-only); 0: none are"""
     renormalise: str = "good_only"
     """advantages under routing. off: one group; good_only: unflagged among themselves; balanced: less the unflagged mean"""
@@ -58,7 +58,7 @@ class Config:
     micro_batch_size: int = 0
     """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU;
     never changes a gradient"""
-    max_steps: int = 200
+    max_steps: int = 220
     max_new_tokens: int = 64
     loss_type: str = "grpo"
     """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""
