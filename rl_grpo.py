@@ -33,17 +33,17 @@ RENORMALISE = ("off", "good_only", "balanced")
 class Config:
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
-    routing_mode: str = "classic"
-    """classic: honest samples train both branches; exclusive: only the good one"""
+    routing_mode: str = "exclusive"
+    """exclusive: honest samples train only the good branch; classic: both"""
     passes: int = 1
     """1: one backward pass, routed by gates; 2: the slow reference, honest and flagged samples apart, protected by hooks"""
-    coherence_every: int = 4
+    coherence_every: int = 3
     """under routing every so many steps are sampled and trained with the bad branch off (retain-only); 0: none are"""
     renormalise: str = "good_only"
     """advantages under routing. off: one group; good_only: unflagged among themselves; balanced: less the unflagged mean"""
-    beta: float = 0.05
+    beta: float = 0.08
     """weight of the k3 estimate of KL(policy || reference) per token; 0: no reference forward"""
-    lr: float = 5e-4
+    lr: float = 3e-4
     """AdamW's learning rate for LoRA and MLP branches (full fine-tuning wants about 1e-5)"""
     lr_schedule: str = "constant"
     """constant, linear or cosine (down to 0 at max_steps)"""
@@ -58,7 +58,7 @@ class Config:
     micro_batch_size: int = 0
     """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU;
     never changes a gradient"""
-    max_steps: int = 220
+    max_steps: int = 180
     max_new_tokens: int = 64
     loss_type: str = "grpo"
     """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""
