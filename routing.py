@@ -4,7 +4,8 @@
         loss.backward()
     clip_per_branch(model, 1.0)
 
-`classic`: honest samples train both branches, flagged ones only `bad`. `exclusive`: honest samples train only `good`.
+`classic`: honest samples train both branches, flagged ones only `bad`. `exclusive`: honest samples train only `good`, so that
+none of the task goes where it will be dropped.
 A flagged sample is masked whole, its KL term with its policy term: the protected branch learns nothing from it.
 
 One pass must equal two: `two_pass_backward` is the slow reference, homogeneous batches whose protected gradients are
