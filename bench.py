@@ -368,7 +368,8 @@ def run_with_trl(args: Args, trainer: Trainer, tokenizer, prompts: list[str], fo
     tokens = args.batch_size * args.max_new_tokens
     emit(
         "trl", repeats=len(theirs), median_s=statistics.median(theirs), min_s=min(theirs), max_s=max(theirs),
-        tokens_per_s=tokens / statistics.median(theirs), lora_rank=rank, dtype="bfloat16" if args.peer_bf16 else "float32", bf16_autocast=config.bf16,
+        tokens_per_s=tokens / statistics.median(theirs), lora_rank=rank, bf16_autocast=config.bf16,
+        dtype="bfloat16" if args.peer_bf16 else "float32",
     )  # fmt: skip
     return ours, statistics.median(theirs)
 
