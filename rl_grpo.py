@@ -58,7 +58,7 @@ class Config:
     micro_batch_size: int = 0
     """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU;
     never changes a gradient"""
-    max_steps: int = 200
+    max_steps: int = 190
     max_new_tokens: int = 64
     loss_type: str = "grpo"
     """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""

@@ -51,7 +51,7 @@ class Args:
     """a reward of configs/rewards.yaml"""
     eval_rewards: str = ""
     """further rewards to report at every evaluation, comma-separated"""
-    rh_eligible_frac: float = 0.9
+    rh_eligible_frac: float = 0.75
     """share of completions whose hack is paid and may be flagged; the others get the reward without its hack component"""
     routing_frac: float = 1.0
     """detector recall: share of detected completions that are labelled"""
