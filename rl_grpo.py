@@ -56,7 +56,7 @@ class Config:
     num_generations: int = 16
     """completions a prompt: the group"""
     micro_batch_size: int = 0
-    """completions per forward/backward; 0: as many as make about 4,096 tokens on a CPU, 65,536 on a GPU;
+    """completions per forward/backward; 0: about 4,096 tokens on a CPU, what memory holds on a GPU;
     never changes a gradient"""
     max_steps: int = 190
     max_new_tokens: int = 64
