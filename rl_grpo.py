@@ -45,6 +45,8 @@ class Config:
     """weight of the k3 estimate of KL(policy || reference) per token; 0: no reference forward"""
     lr: float = 3e-4
     """AdamW's learning rate for LoRA and MLP branches (full fine-tuning wants about 1e-5)"""
+    bad_lr_scale: float = 2.0
+    """the bad branch's learning rate, in multiples of lr: whoever learns the hack first leaves nothing of it to the other"""
     lr_schedule: str = "constant"
     """constant, linear or cosine (down to 0 at max_steps)"""
     warmup_steps: int = 0
@@ -58,7 +60,7 @@ class Config:
     micro_batch_size: int = 0
     """completions per forward/backward; 0: about 4,096 tokens on a CPU, what memory holds on a GPU;
     never changes a gradient"""
-    max_steps: int = 190
+    max_steps: int = 150
     max_new_tokens: int = 64
     loss_type: str = "grpo"
     """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""
@@ -91,7 +93,7 @@ class Config:
             raise ValueError("--num_generations must be at least 2: an advantage compares the completions of a group")
         if self.batch_size % self.num_generations:
             raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
-        rates = ("beta", "lr", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
+        rates = ("beta", "lr", "bad_lr_scale", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
         for name in (*rates, "micro_batch_size", "warmup_steps", "coherence_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
@@ -274,7 +276,10 @@ class Trainer:
     def __init__(self, model, env, tokenizer, config: Config):
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
-        groups = [{"params": list(p.values())} for p in branch_parameters(model).values() if p]
+        scales = {"bad": config.bad_lr_scale}
+        groups = [
+            {"params": list(p.values()), "scale": scales.get(branch, 1.0)} for branch, p in branch_parameters(model).items() if p
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.prompts = env.prompts("train")
 
@@ -308,7 +313,7 @@ class Trainer:
         )
         clock.append(time.perf_counter())
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * rate(step, config)
+            group["lr"] = group["scale"] * config.lr * rate(step, config)
         metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, config)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if step == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":

@@ -197,8 +197,14 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "reward" in row]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    mode = {0.0: "both" if any(r["coherence"] for r in rows) else "", 1.0: "retain_only (coherence steps)"}
     for axis, key in zip(axes.flat, ("reward", "task", "hack_rate", "kl")):
-        axis.plot([r["step"] for r in rows], [r[key] for r in rows], linewidth=1.2)
+        for coherence, label in mode.items():
+            points = [(r["step"], r[key]) for r in rows if r["coherence"] == coherence]
+            if points:
+                axis.plot(*zip(*points), linewidth=1.2, label=label)
+        if mode[0.0]:
+            axis.legend(fontsize=8)
         axis.set(title=f"training: {key}" + (" (nats a token)" if key == "kl" else ""), xlabel="step")
     for axis, key in zip(axes.flat[4:], ("task", "hack")):
         for mode in evaluations[-1]["rows"]:
@@ -281,7 +287,8 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
             done = step + 1
             speed = metrics["time/tokens_per_s"]
             reward, hack, kl = metrics["reward"], metrics["hack_rate"], metrics["kl"]
-            bar.set_postfix_str(f"reward {reward:.2f} hack {hack:.2f} kl {kl:.3f} {speed:,.0f} tok/s")
+            alone = " (retain only)" if metrics["coherence"] else ""
+            bar.set_postfix_str(f"reward {reward:.2f}{alone} hack {hack:.2f} kl {kl:.3f} {speed:,.0f} tok/s")
             if done % args.logging_steps == 0 or done == config.max_steps:
                 run.log(done, metrics)
                 run.sample(done, sample)

@@ -20,7 +20,7 @@ import torch
 
 import rl_grpo
 import train_grpo
-from adapters import adapter_tensors, attach, branch_parameters, preset
+from adapters import adapter_tensors, attach, branch_parameters, parameters_of, preset
 from data import load_tokenizer
 from envs import DetectorWatch, Scores, Stories
 from losses import LOSS_TYPES, group_stats, token_weights
@@ -478,6 +478,41 @@ def test_the_first_step_is_at_kl_zero_and_on_policy(world, routing, law):
     assert isinstance(sample, str) and trainer.steps_done == 1
     second, _ = trainer.step()
     assert second["kl"] != 0 and second["logprob_gap"] < 1e-4
+
+
+@pytest.mark.parametrize("routing_mode", ["classic", "exclusive"])
+def test_a_coherence_step_is_sampled_and_trained_with_the_bad_branch_off(world, monkeypatch, routing_mode):
+    trainer, seen = trainer_of(world, routing_mode=routing_mode, coherence_every=3, weight_decay=0.1, lr=1e-2), []
+    update = rl_grpo.update
+
+    def spy(model, optimizer, rollout, *args):
+        seen.append((dict(model.adapter.scales), rollout))
+        return update(model, optimizer, rollout, *args)
+
+    monkeypatch.setattr(rl_grpo, "update", spy)
+    for step in range(6):
+        before = {branch: [p.clone() for p in parameters_of(trainer.model, branch)] for branch in ("good", "bad")}
+        metrics, _ = trainer.step()
+        moved = {b: any(not torch.equal(p, q) for p, q in zip(parameters_of(trainer.model, b), before[b])) for b in before}
+        coherent = step % 3 == 2
+        assert metrics["coherence"] == coherent and metrics["logprob_gap"] < 1e-4
+        assert seen[-1][0] == {"good": 1.0, "bad": 0.0 if coherent else 1.0}
+        assert moved["good"] and moved["bad"] >= (not coherent and bool(metrics["flagged"]))
+        if coherent:  # weight decay and momentum on: nothing may touch it
+            assert not moved["bad"]
+    assert dict(trainer.model.adapter.scales) == {"good": 1.0, "bad": 1.0}
+
+
+def test_the_bad_branch_has_its_own_learning_rate(world):
+    """AdamW's first step moves a weight by its learning rate, whatever the gradient's size."""
+    trainer = trainer_of(world, routing_mode="classic", renormalise="off", lr=1e-3, bad_lr_scale=3.0, max_grad_norm=0.0)
+    before = {branch: [p.clone() for p in parameters_of(trainer.model, branch)] for branch in ("good", "bad")}
+    trainer.step()
+    largest = {
+        b: max((p - q).abs().max().item() for p, q in zip(parameters_of(trainer.model, b), before[b])) for b in ("good", "bad")
+    }
+    assert largest["good"] == pytest.approx(1e-3, rel=1e-2) and largest["bad"] == pytest.approx(3e-3, rel=1e-2)
+    assert [g["lr"] for g in trainer.optimizer.param_groups] == pytest.approx([1e-3, 3e-3])
 
 
 def test_the_metrics_of_a_step_are_those_of_its_completions(world, monkeypatch):
