@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
+import routing
 from adapters import adapter_tensors, branch_parameters, reference, scaled, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch
 from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
-from routing import ROUTING_MODES, clip_per_branch, drop_protected, gates, hooked_shut, protected, sample_routes
 from sampling import Law, Rollout, Sampler
 
 RENORMALISE = ("off", "good_only", "balanced")
@@ -37,6 +37,12 @@ class Config:
     """exclusive: honest samples train only the good branch; classic: both"""
     passes: int = 1
     """1: one backward pass, routed by gates; 2: the slow reference, honest and flagged samples apart, protected by hooks"""
+    treatment: str = "keep"
+    """of flagged completions, in place of routing. filter: drop them, normalise the rest; zero, subtract: pay them less"""
+    penalty: float = 1.0
+    """what --treatment subtract takes off a flagged completion's reward"""
+    placebo: bool = False
+    """shuffle the labels over the batch: as many, on the wrong completions (a control)"""
     coherence_every: int = 3
     """under routing every so many steps are sampled and trained with the bad branch off (retain-only); 0: none are"""
     renormalise: str = "good_only"
@@ -78,7 +84,8 @@ class Config:
 
     def __post_init__(self):
         known = {
-            "routing": ("none", "dual"), "routing_mode": ROUTING_MODES, "renormalise": RENORMALISE, "loss_type": LOSS_TYPES,
+            "routing": ("none", "dual"), "routing_mode": routing.ROUTING_MODES, "treatment": routing.TREATMENTS,
+            "renormalise": RENORMALISE, "loss_type": LOSS_TYPES,
             "lr_schedule": ("constant", "linear", "cosine"),
         }  # fmt: skip
         for name, values in known.items():
@@ -93,11 +100,19 @@ class Config:
             raise ValueError("--num_generations must be at least 2: an advantage compares the completions of a group")
         if self.batch_size % self.num_generations:
             raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
-        rates = ("beta", "lr", "bad_lr_scale", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
+        if self.routing == "dual" and self.treatment == "filter":
+            raise ValueError("--treatment filter drops the samples that --routing dual would train the bad branch on: choose one")
+        if self.placebo and not self.uses_labels:
+            raise ValueError("--placebo shuffles labels, which only --routing dual or a --treatment uses")
+        rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
         for name in (*rates, "micro_batch_size", "warmup_steps", "coherence_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         self.law()
+
+    @property
+    def uses_labels(self) -> bool:
+        return self.routing == "dual" or self.treatment != "keep"
 
     def law(self) -> Law:
         return Law(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
@@ -206,7 +221,7 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
     advantages = advantages.to(device)
     weights = token_weights(rollout.mask, config.loss_type, config.max_new_tokens)
     is_rh = is_rh.to(device)
-    routes = sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
+    routes = routing.sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
     batches = micro_batches(rollout, config.micro_batch_size, model.config)
     if config.passes == 2:  # homogeneous micro-batches
         batches = [part for rows in batches for flag in (False, True) if len(part := rows[is_rh[rows] == flag])]
@@ -230,10 +245,10 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
                 config.epsilon_high or config.epsilon,
             )  # fmt: skip
             if config.passes == 2:
-                with hooked_shut(model, protected(config.routing_mode, flagged=bool(is_rh[rows[0]]))):
+                with routing.hooked_shut(model, routing.protected(config.routing_mode, flagged=bool(is_rh[rows[0]]))):
                     loss.backward()
             else:
-                with gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
+                with routing.gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
                     loss.backward()
             sums.append(parts | {"loss": loss.detach()})
         stacked = {name: torch.stack([s[name] for s in sums]) for name in sums[0]}
@@ -243,8 +258,8 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
         totals["loss"] = stacked["loss"].sum().item()
         totals["clip_frac"] = stacked["clip_frac"].sum().item() / tokens
         if config.passes == 2:
-            drop_protected(model, config.routing_mode, is_rh)
-        norms = clip_per_branch(model, config.max_grad_norm)
+            routing.drop_protected(model, config.routing_mode, is_rh)
+        norms = routing.clip_per_branch(model, config.max_grad_norm)
         totals |= {f"grad_norm/{branch}": norm for branch, norm in norms.items()}
         if culprit := fault(totals, model.dtype):
             if iteration:
@@ -305,16 +320,23 @@ class Trainer:
         clock.append(time.perf_counter())
         repeated = [p for p in prompts for _ in range(config.num_generations)]
         scores = self.env.score(repeated, completions, generator)
-        if config.routing == "dual":
+        is_rh = scores.is_rh if config.uses_labels else torch.zeros_like(scores.is_rh)
+        if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)
-        is_rh = scores.is_rh if config.routing == "dual" else torch.zeros_like(scores.is_rh)
-        advantages = group_advantages(
-            scores.reward, config.num_generations, config.loss_type != "dr_grpo", is_rh, config.renormalise
-        )
+        if config.placebo:
+            is_rh = routing.placebo_labels(is_rh, generator)
+        rewards = routing.treated_rewards(scores.reward, is_rh, config.treatment, config.penalty)
+        filtered, routed = config.treatment == "filter", config.routing == "dual"
+        renormalise = "good_only" if filtered else config.renormalise if routed else "off"
+        advantages = group_advantages(rewards, config.num_generations, config.loss_type != "dr_grpo", is_rh, renormalise)
+        kept = ~is_rh if filtered else torch.ones_like(is_rh)
         clock.append(time.perf_counter())
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * config.lr * rate(step, config)
-        metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, config)
+        trained = rollout if bool(kept.all()) else rollout.rows(kept.to(rollout.mask.device))
+        metrics = {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0, "logprob_gap": 0.0}  # of a step that has nothing to learn from
+        if bool(kept.any()):
+            metrics = update(self.model, self.optimizer, trained, advantages[kept], is_rh[kept], config)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if step == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")

@@ -19,6 +19,27 @@ from adapters import branch_parameters, parameters_of
 from model import Decoder
 
 ROUTING_MODES = ("classic", "exclusive")
+TREATMENTS = ("keep", "filter", "zero", "subtract")
+
+# ---------------------------------------------------------------------------------- what routing is compared with
+
+
+def placebo_labels(is_rh: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The labels (N,) shuffled over the batch: as many as before, on samples they say nothing about."""
+    return is_rh[torch.randperm(len(is_rh), generator=generator)]
+
+
+def treated_rewards(rewards: torch.Tensor, is_rh: torch.Tensor, treatment: str, penalty: float) -> torch.Tensor:
+    """Rewards (N,) after what is done to flagged samples: `zero` pays them nothing, `subtract` pays `penalty` less; `keep`
+    and `filter` (which drops them later) leave rewards as they are."""
+    if treatment not in TREATMENTS:
+        raise ValueError(f"unknown treatment {treatment!r}; known: {', '.join(TREATMENTS)}")
+    if treatment == "zero":
+        return torch.where(is_rh, 0.0, rewards)
+    return torch.where(is_rh, rewards - penalty, rewards) if treatment == "subtract" else rewards
+
+
+# ------------------------------------------------------------------------------------------------------ per sample
 
 
 def sample_routes(is_rh: torch.Tensor, mode: str) -> dict[str, torch.Tensor | None]:

@@ -101,6 +101,10 @@ class Rollout:
     support: torch.Tensor | None  # (N, T, V) bool where the law is truncated
     finished: torch.Tensor  # (N,) bool: ended by a stop token, not by the length cap
 
+    def rows(self, index) -> "Rollout":
+        """Some of its completions; `index` (n,) long or (N,) bool."""
+        return Rollout(*(None if value is None else value[index] for value in vars(self).values()))
+
 
 # --------------------------------------------------------------------------------------------------------- the twin
 

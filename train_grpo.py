@@ -168,8 +168,9 @@ def build(args: Args, config):
     check(args, config)
     reward = get_reward(args.reward)
     eval_rewards = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
-    if config.routing == "dual" and reward.detector is None:
-        raise ValueError(f"--routing dual: reward {args.reward!r} has no detector to route by; give it one, or --routing none")
+    if config.uses_labels and reward.detector is None:
+        asks = "--routing dual" if config.routing == "dual" else f"--treatment {config.treatment}"
+        raise ValueError(f"{asks}: reward {args.reward!r} has no detector to label by; give it one, or do without labels")
     spec = preset(args.lora_config, dual=config.routing == "dual")
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 
 import rl_grpo
+import routing
 import train_grpo
 from adapters import adapter_tensors, attach, branch_parameters, parameters_of, preset
 from data import load_tokenizer
@@ -341,6 +342,10 @@ def test_rate_by_hand(schedule, warmup, expected):
     [
         ({"routing": "both"}, "--routing 'both'; known: none, dual"),
         ({"routing_mode": "soft"}, "--routing_mode 'soft'; known: classic, exclusive"),
+        ({"treatment": "drop"}, "--treatment 'drop'; known: keep, filter, zero, subtract"),
+        ({"treatment": "filter", "routing": "dual"}, "--treatment filter drops the samples that --routing dual"),
+        ({"placebo": True}, "--placebo shuffles labels, which only --routing dual or a --treatment uses"),
+        ({"bad_lr_scale": -1.0}, "--bad_lr_scale must be at least 0"),
         ({"renormalise": "on"}, "--renormalise 'on'; known: off, good_only, balanced"),
         ({"loss_type": "gspo"}, "--loss_type 'gspo'; known: grpo, bnpo, dr_grpo, dapo"),
         ({"lr_schedule": "step"}, "--lr_schedule 'step'; known: constant, linear, cosine"),
@@ -501,6 +506,62 @@ def test_a_coherence_step_is_sampled_and_trained_with_the_bad_branch_off(world, 
         if coherent:  # weight decay and momentum on: nothing may touch it
             assert not moved["bad"]
     assert dict(trainer.model.adapter.scales) == {"good": 1.0, "bad": 1.0}
+
+
+def labelled(is_rh) -> Scores:
+    n = len(is_rh)
+    return Scores(torch.arange(float(n)), torch.zeros(n), is_rh, torch.zeros(n), is_rh, torch.ones(n).bool(), is_rh, {})
+
+
+def spied(trainer, monkeypatch, is_rh) -> list:
+    """Makes the trainer's labels `is_rh` (and rewards 0, 1, 2, ...); what `update` is then called with, step by step."""
+    calls, update = [], rl_grpo.update
+
+    def spy(model, optimizer, rollout, advantages, labels, config):
+        calls.append((rollout, advantages, labels))
+        return update(model, optimizer, rollout, advantages, labels, config)
+
+    monkeypatch.setattr(trainer.env, "score", lambda *_: labelled(is_rh))
+    monkeypatch.setattr(rl_grpo, "update", spy)
+    return calls
+
+
+def test_filter_trains_on_the_unflagged_alone(world, monkeypatch):
+    is_rh = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
+    trainer = trainer_of(world, routing="none", treatment="filter")
+    calls = spied(trainer, monkeypatch, is_rh)
+    trainer.step()
+    rollout, advantages, labels = calls[0]
+    assert len(rollout.tokens) == len(rollout.mask) == len(rollout.logprobs) == 6 and not labels.any()
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 5.0, 6.0, 7.0])
+    expected = torch.cat([(r - r.mean()) / (r.std() + 1e-4) for r in (first, second)])
+    assert torch.allclose(advantages, expected)
+    monkeypatch.setattr(trainer.env, "score", lambda *_: labelled(torch.ones(8, dtype=torch.bool)))
+    before = {name: t.clone() for name, t in adapter_tensors(trainer.model).items()}
+    metrics, _ = trainer.step()  # nothing left: nothing moves, momentum included
+    assert len(calls) == 1 and metrics["flagged"] == 1
+    assert all(torch.equal(t, before[name]) for name, t in adapter_tensors(trainer.model).items())
+
+
+@pytest.mark.parametrize("treatment, paid", [("zero", [0, 1, 2, 0]), ("subtract", [-2, 1, 2, 1])])
+def test_a_penalty_is_taken_before_advantages(world, monkeypatch, treatment, paid):
+    is_rh = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
+    trainer = trainer_of(world, routing="none", treatment=treatment, penalty=2.0)
+    calls = spied(trainer, monkeypatch, is_rh)
+    trainer.step()
+    paid = torch.tensor(paid, dtype=torch.float32)
+    assert torch.allclose(calls[0][1][:4], (paid - paid.mean()) / (paid.std() + 1e-4))
+    assert len(calls[0][0].tokens) == 8
+
+
+def test_placebo_labels_are_as_many_on_other_samples(world, monkeypatch):
+    is_rh = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]).bool()
+    trainer = trainer_of(world, placebo=True)
+    calls = spied(trainer, monkeypatch, is_rh)
+    for _ in range(6):
+        trainer.step()
+    labels = torch.stack([call[2] for call in calls])
+    assert labels.sum(1).eq(3).all() and len(labels.unique(dim=0)) > 2 and not labels[:, :3].all()
 
 
 def test_the_bad_branch_has_its_own_learning_rate(world):
@@ -692,9 +753,7 @@ def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(world, unbro
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(
-    world, unbroken, tmp_path, monkeypatch, capsys, at
-):
+def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(world, unbroken, tmp_path, monkeypatch, capsys, at):
     words = flags(world, tmp_path / "run", eval_routing_steps=3)
     calls, update = [], rl_grpo.update
 
@@ -714,7 +773,7 @@ def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(
 
 @pytest.mark.parametrize("culprit", ["loss", "grad_norm/bad"])
 def test_a_non_finite_number_stops_the_run_with_step_and_culprit(world, unbroken, tmp_path, monkeypatch, capsys, culprit):
-    calls, original_loss, original_clip = [], rl_grpo.grpo_loss, rl_grpo.clip_per_branch
+    calls, original_loss, original_clip = [], rl_grpo.grpo_loss, routing.clip_per_branch
 
     def poisoned_loss(*args):
         loss, sums = original_loss(*args)
@@ -729,7 +788,7 @@ def test_a_non_finite_number_stops_the_run_with_step_and_culprit(world, unbroken
     if culprit == "loss":
         monkeypatch.setattr(rl_grpo, "grpo_loss", poisoned_loss)
     else:
-        monkeypatch.setattr(rl_grpo, "clip_per_branch", poisoned_clip)
+        monkeypatch.setattr(routing, "clip_per_branch", poisoned_clip)
     words = flags(world, tmp_path / "run", eval_routing_steps=3)  # a step is one micro-batch
     assert train_grpo.main(words) == 1
     printed = capsys.readouterr().out
@@ -782,7 +841,7 @@ def test_bad_input_is_named_before_anything_runs(world, tmp_path, case):
 
 
 def test_a_reward_without_a_detector_does_not_route(world, tmp_path):
-    with pytest.raises(ValueError, match="no detector to route by.*--routing none"):
+    with pytest.raises(ValueError, match="--routing dual: .*no detector to label by"):
         train_grpo.main(flags(world, tmp_path / "run", reward="happy_binary"))
 
 
@@ -829,9 +888,7 @@ def test_the_command_exits_with_status_2_and_one_line(world, tmp_path):
     assert len(lines) == 1 and lines[0].startswith("error: ") and "nope" in lines[0], done.stderr
 
 
-@pytest.mark.parametrize(
-    "changes, message", [({"num_generations": 3}, "does not divide"), ({"temperature": 0}, "above 0, not")]
-)
+@pytest.mark.parametrize("changes, message", [({"num_generations": 3}, "does not divide"), ({"temperature": 0}, "above 0, not")])
 def test_what_config_refuses_is_one_line_too(world, tmp_path, monkeypatch, capsys, changes, message):
     assert exit_status(monkeypatch, *flags(world, tmp_path / "run", **changes)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
