@@ -285,6 +285,17 @@ def fault(totals: dict[str, float], dtype: torch.dtype) -> str:
     return ""
 
 
+def describe(rollout: Rollout, scores, advantages, is_rh, num_generations: int) -> dict[str, float]:
+    """Means over a step's completions, to log."""
+    _, spread, _ = group_stats(scores.reward, num_generations)
+    means = {
+        "reward": scores.reward, "task": scores.task, "hack_rate": scores.hack, "flagged": is_rh, "length": rollout.mask.sum(1),
+        "finished": rollout.finished, "zero_variance_groups": spread == 0, "dead_advantages": advantages == 0,
+    }  # fmt: skip
+    means |= {f"component/{label}": part for label, part in scores.components.items()}
+    return {name: value.float().mean().item() for name, value in means.items()}
+
+
 class Trainer:
     """What a run carries from step to step: sampler, optimizer, the detector's watch. `step` is the whole algorithm."""
 
@@ -304,58 +315,53 @@ class Trainer:
         A coherence step does all of it with the bad branch off. Without them the good branch only ever learns what is best
         beside the bad one, and the two may drift apart, each making up for the other.
         """
-        every = self.config.coherence_every
-        coherent = self.config.routing == "dual" and every and self.steps_done % every == every - 1
-        with scaled(self.model, good=1.0, bad=0.0) if coherent else nullcontext():
-            metrics, sample = self.sample_and_update()
-        return metrics | {"coherence": float(bool(coherent))}, sample
-
-    def sample_and_update(self) -> tuple[dict[str, float], str]:
-        config, step = self.config, self.steps_done
-        clock = [time.perf_counter()]
+        config, step, clock = self.config, self.steps_done, [time.perf_counter()]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # this step's: nothing to save
         prompts = prompt_batch(self.prompts, step, config.batch_size // config.num_generations, config.seed)
-        self.sampler.refresh()
-        rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
-        clock.append(time.perf_counter())
         repeated = [p for p in prompts for _ in range(config.num_generations)]
-        scores = self.env.score(repeated, completions, generator)
-        is_rh = scores.is_rh if config.uses_labels else torch.zeros_like(scores.is_rh)
+        coherent = config.routing == "dual" and config.coherence_every and (step + 1) % config.coherence_every == 0
+        with scaled(self.model, good=1.0, bad=0.0) if coherent else nullcontext():
+            self.sampler.refresh()
+            rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
+            clock.append(time.perf_counter())
+            scores = self.env.score(repeated, completions, generator)
+            advantages, is_rh, kept = self.credit(scores, generator)
+            clock.append(time.perf_counter())
+            metrics = self.learn(rollout, advantages, is_rh, kept)
+            clock.append(time.perf_counter())
+        self.steps_done += 1
+        metrics |= {"coherence": float(bool(coherent)), "lr": config.lr * rate(step, config)}
+        metrics |= describe(rollout, scores, advantages, is_rh, config.num_generations)
+        names = ("time/rollout", "time/score", "time/update")
+        metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
+        metrics["time/tokens_per_s"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
+        return metrics, repeated[0] + completions[0]
+
+    def credit(self, scores, generator):
+        """What each completion is worth, the label it is routed by, and whether it is trained on at all; all (N,)."""
+        config, is_rh = self.config, torch.zeros_like(scores.is_rh)
         if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)
-        if config.placebo:
-            is_rh = routing.placebo_labels(is_rh, generator)
+            is_rh = routing.placebo_labels(scores.is_rh, generator) if config.placebo else scores.is_rh
         rewards = routing.treated_rewards(scores.reward, is_rh, config.treatment, config.penalty)
         filtered, routed = config.treatment == "filter", config.routing == "dual"
         renormalise = "good_only" if filtered else config.renormalise if routed else "off"
         advantages = group_advantages(rewards, config.num_generations, config.loss_type != "dr_grpo", is_rh, renormalise)
-        kept = ~is_rh if filtered else torch.ones_like(is_rh)
-        clock.append(time.perf_counter())
+        return advantages, is_rh, ~is_rh if filtered else torch.ones_like(is_rh)
+
+    def learn(self, rollout: Rollout, advantages, is_rh, kept) -> dict[str, float]:
+        """The optimizer's steps on the completions that are kept; metrics of `update`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * config.lr * rate(step, config)
-        trained = rollout if bool(kept.all()) else rollout.rows(kept.to(rollout.mask.device))
-        metrics = {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0, "logprob_gap": 0.0}  # of a step that has nothing to learn from
-        if bool(kept.any()):
-            metrics = update(self.model, self.optimizer, trained, advantages[kept], is_rh[kept], config)
+            group["lr"] = group["scale"] * self.config.lr * rate(self.steps_done, self.config)
+        if not bool(kept.any()):
+            return {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0, "logprob_gap": 0.0}
+        if not bool(kept.all()):
+            rollout, advantages, is_rh = rollout.rows(kept.to(rollout.mask.device)), advantages[kept], is_rh[kept]
+        metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, self.config)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
-        if step == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
+        if self.steps_done == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
-        clock.append(time.perf_counter())
-        tokens = int(rollout.mask.sum())
-        _, spread, _ = group_stats(scores.reward, config.num_generations)
-        metrics |= {
-            "reward": scores.reward.mean(), "task": scores.task.mean(), "hack_rate": scores.hack.float().mean(),
-            "flagged": is_rh.float().mean(), "length": tokens / len(completions),
-            "finished": rollout.finished.float().mean(), "zero_variance_groups": (spread == 0).float().mean(),
-            "dead_advantages": (advantages == 0).float().mean(), "lr": config.lr * rate(step, config),
-        }  # fmt: skip
-        metrics |= {f"component/{label}": part.mean() for label, part in scores.components.items()}
-        metrics = {name: float(value) for name, value in metrics.items()}
-        names = ("time/rollout", "time/score", "time/update")
-        metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
-        metrics["time/tokens_per_s"] = tokens / (clock[-1] - clock[0])
-        self.steps_done += 1
-        return metrics, repeated[0] + completions[0]
+        return metrics
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
