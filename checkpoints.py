@@ -13,7 +13,6 @@ import os
 import random
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -218,13 +217,3 @@ def restore_rng(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
-
-
-@contextmanager
-def preserve_rng():
-    """What runs inside may draw or seed as it likes; afterwards everything random stands where it stood before."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        restore_rng(state)

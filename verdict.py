@@ -12,6 +12,7 @@ import re
 import torch
 
 from adapters import reference, scaled
+from data import left_pad
 from losses import token_logprobs
 from sampling import Law, Sampler
 
@@ -67,8 +68,6 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
     (mean loss a token under the untrained model, nats), sample. `rewards` are further RewardSpecs whose mean reward is
     reported as eval/<name>, and their components as eval_component/<name>/<label>.
     """
-    from data import left_pad
-
     model = sampler.model
     prompts = env.prompts("test")[:n]
     ids, mask = left_pad([tokenizer.encode_prompt(p) for p in prompts], tokenizer.pad_id)

@@ -14,7 +14,6 @@ from checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     pack,
-    preserve_rng,
     restore_rng,
     rng_state,
     unpack,
@@ -132,13 +131,3 @@ def test_rng_state_restores_every_source():
     first, second = draws(), draws()
     restore_rng(unpack(tensors, json.loads(json.dumps(plain))))
     assert draws() == first != second
-
-
-def test_preserve_rng_even_when_the_evaluation_fails():
-    state = rng_state()
-    with pytest.raises(KeyError), preserve_rng():
-        torch.manual_seed(1)
-        np.random.seed(1)
-        random.seed(1)
-        raise KeyError
-    assert same(rng_state(), state)

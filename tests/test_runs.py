@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from checkpoints import complete_checkpoints, latest_checkpoint, load_checkpoint, preserve_rng, restore_rng, rng_state
+from checkpoints import complete_checkpoints, latest_checkpoint, load_checkpoint, restore_rng, rng_state
 from runs import Run, interruptible, read_config, read_metrics, run_name
 
 CONFIG = {"reward": "happy", "routing": "dual", "adapter": "dual_lora", "lr": 1e-3, "beta": 0.02, "steps": 10, "clip": True,
@@ -241,9 +241,7 @@ def train(folder, die_after=None, resume=False, steps=12):
         schedule.step()
         run.log(step, {"loss": loss, "lr": schedule.get_last_lr()[0], "time/step": time.perf_counter()})
         if step % 5 == 0:
-            with preserve_rng():
-                torch.manual_seed(9)
-                run.log(step, {"eval": torch.rand(())})
+            run.log(step, {"eval": torch.rand((), generator=torch.Generator().manual_seed(9))})
             run.save_checkpoint(step, layer.state_dict(), {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                                                            "rng": rng_state()})
         if step == die_after:
