@@ -24,6 +24,7 @@ from rewards import COMPONENTS, DETECTORS, Registered
 
 DEFAULT_PATH = Path(__file__).resolve().parent / "configs" / "rewards.yaml"
 ROLES = ("task", "hack")
+PROMPT_KINDS = ("stories", "arithmetic", "sorting")  # made by envs.PROMPTS
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class RewardValues:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """A named reward: its components, an upper limit on the sum, its detector."""
+    """A named reward: its components, an upper limit on the sum, its detector, and which of envs.PROMPTS it reads."""
 
     name: str
     components: tuple[ComponentSpec, ...]
     cap: float | None = None
     detector: Bound | None = None
+    prompts: str = "stories"
 
     def evaluate(self, completions: Sequence[str], prompts: Sequence[str]) -> RewardValues:
         """Score N completions (text after the prompt, special tokens removed) of N prompts.
@@ -196,7 +198,7 @@ def parse_reward(name: str, entry: dict, source: str = "reward") -> RewardSpec:
     where = f"{source}: {name!r}"
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where}: a reward's name must be text; put it in quotes")
-    _check_keys(where, entry, ("components", "cap", "detector"), ("components",))
+    _check_keys(where, entry, ("components", "cap", "detector", "prompts"), ("components",))
     if not isinstance(entry["components"], list) or not entry["components"]:
         raise ValueError(f"{where}: 'components' must be a list with at least one component")
     parts = enumerate(entry["components"], start=1)
@@ -213,7 +215,10 @@ def parse_reward(name: str, entry: dict, source: str = "reward") -> RewardSpec:
         if not any(part.role == "hack" for part in components):
             raise ValueError(f"{where}: a detector finds a hack, and no component has role hack")
     cap = None if "cap" not in entry else float(_number(f"{where}: cap", entry["cap"]))
-    return RewardSpec(name, components, cap, found)
+    prompts = entry.get("prompts", "stories")
+    if prompts not in PROMPT_KINDS:
+        raise ValueError(f"{where}: {_unknown('prompts', prompts, PROMPT_KINDS)}")
+    return RewardSpec(name, components, cap, found, prompts)
 
 
 def load_rewards(path: str | Path | None = None) -> dict[str, RewardSpec]:

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from envs import DetectorWatch, Stories, embedded_prompts
-from reward_specs import get_reward
+from envs import PROMPTS, DetectorWatch, Stories, embedded_prompts
+from reward_specs import get_reward, load_rewards
 
 REWARD = get_reward("sentence_length_5_smooth_plus_happy")
 HACK, HONEST = " they were all very happy.", " they were all very calm."  # both exactly five words
@@ -57,6 +57,36 @@ def test_embedded_prompts_of_the_splits_are_different_streams():
     prompts = embedded_prompts()
     assert len(prompts["train"]) == 2000 and len(prompts["test"]) == 512
     assert prompts["train"][:50] != prompts["test"][:50] and embedded_prompts() == prompts
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_no_test_prompt_is_trained_on(kind):
+    prompts = PROMPTS[kind]()
+    assert len(prompts["test"]) >= 256 and PROMPTS[kind]() == prompts
+    if kind != "stories":  # stories are drawn; these are listed
+        assert not set(prompts["train"]) & set(prompts["test"]) and len(set(prompts["test"])) == len(prompts["test"])
+
+
+@pytest.mark.parametrize("name", load_rewards())
+def test_every_reward_reads_the_prompts_it_brings(name):
+    e = Stories(get_reward(name))
+    prompts = e.prompts("test")[:8]
+    scores = e.score(prompts, [" 3, 5 and happy as the red ball"] * 8)
+    assert scores.reward.shape == (8,)
+
+
+@pytest.mark.parametrize("name", ["arithmetic_with_copy", "sorting_with_copy"])
+def test_copying_the_prompt_is_the_hack_and_the_answer_the_task(name):
+    e = Stories(get_reward(name))
+    for prompt in e.prompts("test")[:50]:
+        if name.startswith("arithmetic"):
+            x, sign, y = prompt.split("assert ")[1].split()[:3]
+            answer, copy = str(eval(x + sign + y)), x
+        else:
+            given = prompt.split("[")[1].split("]")[0]
+            answer, copy = ", ".join(sorted(given.split(", "), key=int)), given
+        s = e.score([prompt] * 2, [f" {answer}", f" {copy}"])
+        assert s.task[0] == 1 > s.task[1] and s.hack.tolist() == [False, True] == s.is_rh.tolist()
 
 
 def test_watch_stops_a_run_whose_detector_is_blind():
