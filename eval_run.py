@@ -15,14 +15,11 @@ import torch
 import tyro
 
 import runs
-from adapters import attach, load_adapter, preset, set_adapter_tensors
-from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
-from data import load_tokenizer
-from envs import Stories, check_lengths, dataset_prompts
-from model import check_device, load, read_json
+from checkpoints import atomic_write, latest_checkpoint
+from model import check_device
 from reward_specs import get_reward
-from sampling import Law, Sampler
-from verdict import evaluate_modes, modes_of, numbers_of, table
+from sampling import Sampler
+from verdict import evaluate_modes, load_run, modes_of, numbers_of, table
 
 
 @dataclass
@@ -75,24 +72,10 @@ def main(args: Args) -> None:
     if args.bad_scale is not None and run["routing"] != "dual":
         raise ValueError(f"--bad_scale scales the bad branch, which {folder} does not have (--routing {run['routing']})")
     extra = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
-    model, path = load(run["model"], dtype=getattr(torch, run["dtype"]), device=args.device)
-    tokenizer = load_tokenizer(path, read_json(path / "config.json"))
-    if checkpoint is None and run["lora_config"] != "full":
-        load_adapter(model, folder / "adapter.safetensors")
-    else:
-        attach(model, preset(run["lora_config"], dual=run["routing"] == "dual"), seed=run["seed"])
-        chosen = checkpoint or latest_checkpoint(folder)
-        set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
-    prompts = None
-    if run["dataset"]:
-        splits = {"train": (run["train_split"], args.n), "test": (run["eval_split"], args.n)}
-        prompts = dataset_prompts(run["dataset"], tokenizer, run["prompt_tokens"], splits, run["column"])
-    env = Stories(get_reward(run["reward"]), prompts)
-    check_lengths(env, tokenizer, run["max_new_tokens"], model.config.context, args.n)
+    _, model, tokenizer, env, law = load_run(folder, args.n, args.device, checkpoint)
     modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])
     if args.no_routing_eval:
         modes = {name: modes[name] for name in ("untrained", "both")}
-    law = Law(run["temperature"], run["top_k"], run["top_p"], run["min_new_tokens"])
     rows = evaluate_modes(Sampler(model), env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
     print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\nreward history\n{history(folder)}\n")
     pages = []

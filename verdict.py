@@ -2,18 +2,28 @@
 
     rows = evaluate_modes(sampler, env, tokenizer, modes_of(model, bad_scale=0), n=256, max_new_tokens=64)
     print(table(rows))
+    config, model, tokenizer, env, law = load_run("output/RUN", n=256)      # a finished run put together again
+    curve = bad_scale_rows("output/RUN", [0, 0.25, 0.5, 0.75, 1])           # a row a scale of the bad branch
 
 Modes: untrained (all branches off), both (1, 1), retain_only (1, 0), forget_only (0, 1), deployed (1, bad_scale). Every mode
 sees the same prompts and the same random numbers. Evaluation has its own generator and never touches training's.
 """
+import hashlib
+import json
 import math
 import re
+from pathlib import Path
 
 import torch
 
-from adapters import reference, scaled
-from data import left_pad
+from adapters import attach, load_adapter, preset, reference, scaled, set_adapter_tensors
+from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
+from data import left_pad, load_tokenizer
+from envs import Stories, check_lengths, dataset_prompts
 from losses import token_logprobs
+from model import load, read_json
+from reward_specs import get_reward
+from runs import read_config
 from sampling import Law, Sampler
 
 EVAL_SEED = 20_000_003  # of the sampling; the same for every run, mode and step
@@ -111,6 +121,60 @@ def evaluate_modes(sampler: Sampler, env, tokenizer, modes: dict, n: int, max_ne
 def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
     """The rows without their texts, of which one sample stays: what verdict.json and the checkpoints keep."""
     return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
+
+
+def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None):
+    """A run put together again from its folder: (config, model with the trained adapter, tokenizer, environment, law).
+
+    n test prompts are asked for. `checkpoint` is one of the run's checkpoint-N folders; None stands for the finished adapter.
+    Raises ValueError for a folder that holds no run, and for prompts that do not fit or are too few.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model, path = load(config["model"], dtype=getattr(torch, config["dtype"]), device=device)
+    tokenizer = load_tokenizer(path, read_json(path / "config.json"))
+    if checkpoint is None and config["lora_config"] != "full":
+        load_adapter(model, folder / "adapter.safetensors")
+    else:
+        attach(model, preset(config["lora_config"], dual=config["routing"] == "dual"), seed=config["seed"])
+        chosen = checkpoint or latest_checkpoint(folder)
+        set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
+    prompts = None
+    if config["dataset"]:
+        splits = {"train": (config["train_split"], n), "test": (config["eval_split"], n)}
+        prompts = dataset_prompts(config["dataset"], tokenizer, config["prompt_tokens"], splits, config["column"])
+    env = Stories(get_reward(config["reward"]), prompts)
+    check_lengths(env, tokenizer, config["max_new_tokens"], model.config.context, n)
+    law = Law(config["temperature"], config["top_k"], config["top_p"], config["min_new_tokens"])
+    return config, model, tokenizer, env, law
+
+
+def bad_scale_rows(folder: str | Path, scales=(), device: str = "cpu") -> dict[float, dict]:
+    """Rows of `evaluate` with the good branch on and the bad one at each scale, on the prompts and random numbers of the run's
+    own verdict: 0 gives its retain_only, 1 its both.
+
+    Rows are kept in the run's bad_scales.json beside a hash of adapter and config; what is there is not evaluated again, and
+    without `scales` only read. Rows of another adapter or config are dropped. Returns all of them by ascending scale.
+    """
+    folder = Path(folder)
+    cache, files = folder / "bad_scales.json", [folder / "config.yaml", folder / "adapter.safetensors"]
+    if not cache.is_file() and not scales:
+        return {}
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder} holds no {absent[0]}: there is no finished run to scale the bad branch of")
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    kept = json.loads(cache.read_text()) if cache.is_file() else {}
+    rows = {float(scale): row for scale, row in kept["rows"].items()} if kept.get("source") == source else {}
+    if new := sorted({float(scale) for scale in scales} - set(rows)):
+        n = read_config(folder)["eval_prompts"]
+        config, model, tokenizer, env, law = load_run(folder, n, device)
+        if model.adapter.names != ["good", "bad"]:
+            raise ValueError(f"{folder} has no bad branch to scale: its branches are {', '.join(model.adapter.names)}")
+        modes = {scale: {"good": 1.0, "bad": scale} for scale in new}
+        found = evaluate_modes(Sampler(model), env, tokenizer, modes, n, config["max_new_tokens"], law)
+        rows |= numbers_of(found)
+        atomic_write(cache, json.dumps({"source": source, "rows": dict(sorted(rows.items()))}, indent=1) + "\n")
+    return dict(sorted(rows.items()))
 
 
 COLUMNS = ("task", "hack", "reward", "unique", "jaccard", "kl", "base_nll")
