@@ -14,8 +14,8 @@ difference (of - against; the default with it), or ratio, the share of a gain th
 (against - untrained), each gain over the same run's untrained row. `expect` bounds it: <, <=, >, >=, or a range with its ends.
 
 Seeds are the observations and are paired: a seed counts where both cells have it. The bound is compared with the 95% bootstrap
-interval over seeds: supported if it holds in all of the interval, not supported if in none of it, otherwise undecided, as it
-is with fewer than three seeds.
+interval over seeds and with Student's t interval (Fieller's for a ratio), since a bootstrap of five seeds is too narrow:
+supported if it holds in all of both, not supported if in none of either, otherwise undecided, as with fewer than three seeds.
 """
 
 import math
@@ -189,12 +189,11 @@ def judge(h: Hypothesis, runs: list[Run]) -> Verdict:
     what = WORDS[h.kind].format(h.measure) + f" {estimate:.3f}"
     if len(seeds) < MIN_SEEDS:
         return Verdict(**known, verdict=UNDECIDED, why=f"{what}, from {count} only: a verdict takes {MIN_SEEDS}.{behind}")
-    verdict = h.bound.judge(low, high)
+    words = {h.bound.judge(low, high), h.bound.judge(*by_t)}
+    verdict = words.pop() if len(words) == 1 else UNDECIDED
     share = {SUPPORTED: "all", NOT_SUPPORTED: "nothing", UNDECIDED: "a part"}[verdict]
-    why = f"{what}, 95% interval {low:.3f} to {high:.3f}, {share} of it {h.bound.text} ({count})."
-    if (other := h.bound.judge(*by_t)) != verdict:
-        whose = "Fieller" if h.kind == "ratio" else "Student"
-        why += f" {whose}'s t interval, {by_t[0]:.3f} to {by_t[1]:.3f}, would say {other}."
+    intervals = f"{low:.3f} to {high:.3f} (bootstrap), {by_t[0]:.3f} to {by_t[1]:.3f} (t)"
+    why = f"{what}, 95% intervals {intervals}, {share} of them {h.bound.text} ({count})."
     return Verdict(**known, verdict=verdict, why=why + behind)
 
 
