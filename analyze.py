@@ -300,10 +300,7 @@ def report(folder: Path, runs: list[Run], verdicts: list[Verdict], figures: list
     if verdicts:
         lines += ["## Verdicts", "", markdown(VERDICT_HEADS, verdict_rows(verdicts))]
         lines += [*[f"- {v.name}, **{v.verdict}**: {v.why}" for v in verdicts], ""]
-        lines += [
-            "The bootstrap interval decides. From few seeds it is too narrow (docs/analyze.md): read the t interval beside it.",
-            "",
-        ]
+        lines += ["Both intervals must agree: from few seeds the bootstrap's alone is too narrow (docs/analyze.md).", ""]
     lines += ["## Movement of the training metrics over the last quarter", "", f"Bold: by more than {STILL}.", ""]
     lines += [markdown(["arm", "task", "hack rate", "reward"], still_moving(finished(runs))), "## Figures", ""]
     lines += [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in figures]
