@@ -55,7 +55,6 @@ class ModelConfig:
     qk_norm: bool = False
     parallel_residual: bool = False
     activation: str = "silu"
-    fused: bool = False  # q/k/v and gate/up in one matrix each: the sampler's twin of a llama or qwen model
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -159,13 +158,12 @@ PROJECTIONS = {
     "llama": {"qkv": ("q_proj", "k_proj", "v_proj"), "out": "o_proj", "up": ("gate_proj", "up_proj"), "down": "down_proj"},
     "gpt2": {"qkv": ("c_attn",), "out": "c_proj", "up": ("c_fc",), "down": "c_proj"},
     "gpt_neox": {"qkv": ("query_key_value",), "out": "dense", "up": ("dense_h_to_4h",), "down": "dense_4h_to_h"},
-    "fused": {"qkv": ("qkv_proj",), "out": "o_proj", "up": ("gate_up_proj",), "down": "down_proj"},
 }
 PROJECTIONS["qwen2"] = PROJECTIONS["qwen3"] = PROJECTIONS["llama"]
 
 
 def projections(config: ModelConfig) -> dict:
-    return PROJECTIONS["fused" if config.fused else config.family]
+    return PROJECTIONS[config.family]
 
 
 # ----------------------------------------------------------------------------------------------------------- parts
@@ -345,10 +343,6 @@ class Attention(nn.Module):
         c = self.config
         shape = (*x.shape[:2], -1, c.head_dim)
         rotate = Rotate.apply if torch.is_grad_enabled() else Rotate.rotate
-        if c.fused and rope is not None and not c.qk_norm:  # one rotation for queries and keys
-            y = getattr(self, self.inputs[0])(x).view(shape)
-            q, k = rotate(y[:, :, : c.heads + c.kv_heads], *rope).split((c.heads, c.kv_heads), dim=2)
-            return q.transpose(1, 2), k.transpose(1, 2), y[:, :, c.heads + c.kv_heads :].transpose(1, 2)
         if len(self.inputs) == 3:
             q, k, v = (getattr(self, name)(x).view(shape) for name in self.inputs)
         elif c.family == "gpt_neox":  # laid out head by head: q, k, v of head 0, then of head 1, ...
@@ -376,14 +370,13 @@ class MLP(nn.Module):
         names = projections(c)
         self.inputs, self.output = names["up"], names["down"]
         for name in self.inputs:
-            setattr(self, name, Linear(c.width, c.ffn * (2 if c.fused else 1), bias=c.mlp_bias))
+            setattr(self, name, Linear(c.width, c.ffn, bias=c.mlp_bias))
         setattr(self, self.output, Linear(c.ffn, c.width, bias=c.mlp_bias))
 
     def forward(self, x):
         y = [getattr(self, name)(x) for name in self.inputs]
         if self.gated:
-            gate, up = y if len(y) == 2 else y[0].chunk(2, dim=-1)
-            return getattr(self, self.output)(self.activation(gate) * up)
+            return getattr(self, self.output)(self.activation(y[0]) * y[1])
         return getattr(self, self.output)(self.activation(y[0]))
 
 
@@ -439,13 +432,12 @@ class Decoder(nn.Module):
         """(V, C): the output embedding, tied or not."""
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
-    def hidden(self, ids=None, attention_mask=None, position_ids=None, embeds=None, cache=None, bias=None):
+    def hidden(self, ids=None, attention_mask=None, position_ids=None, embeds=None, cache=None):
         """Final normed hidden states.
 
         ids (B, T) long, or embeds (B, T, C). attention_mask (B, T) bool, True where a token is real (left padding);
         None says that all are. position_ids (B, T): default counts the real tokens, on from the cache's. With a `cache`
-        (see Cache) the T tokens are written there and attend to all that it holds; `bias` (B, 1, 1 or T, S) then replaces
-        the mask.
+        (see Cache) the T tokens are written there and attend to all that it holds.
         Returns (B, T, C). Raises ValueError when the sequence is longer than the context.
         """
         x = self.embed_tokens(ids) if embeds is None else embeds
@@ -458,7 +450,8 @@ class Decoder(nn.Module):
             else:
                 position_ids = torch.arange(length, device=x.device)[None]  # (1, T)
                 position_ids = position_ids if cache is None else position_ids + cache.slot
-        if attention_mask is not None and bias is None:
+        bias = None
+        if attention_mask is not None:
             bias = causal_bias(length, length, x.dtype, x.device)
             bias = bias.masked_fill(~attention_mask.bool()[:, None, None, :], torch.finfo(x.dtype).min)
         if self.config.rotary_dim:

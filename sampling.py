@@ -4,22 +4,23 @@
     sampler.refresh()                                             # after every optimizer step or change of scales
     rollout = sampler(prompt_ids, prompt_mask, num_generations=16, max_new_tokens=64, ...)
 
-It decodes on a *twin* of the model: q/k/v and gate/up fused, adapters merged into the weights (in bfloat16, where merging
-would round a small update away, kept beside them in fp32). A CPU runs the twin eagerly and drops finished rows; CUDA
-replays one captured graph per token. Rows that are finished are looked for every 16 tokens, so that no token waits for
+It decodes on a *twin* of the model: few operations, q/k/v and gate/up fused, adapters merged into the weights (in bfloat16,
+where merging would round a small update away, kept beside them in fp32). A CPU runs the twin eagerly and drops finished rows;
+CUDA replays one captured graph per token. Rows that are finished are looked for every 16 tokens, so that no token waits for
 the host. Random numbers are drawn per rollout, one per row and token, so dropping rows changes no sample.
 
 The law that is sampled (temperature, top-k, top-p, minimum length, suppressed tokens) is the law that is scored: the
 log-probabilities kept here are its own, and a truncated law keeps its support for whoever scores the tokens again.
 """
-import copy
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import ONEDNN, Cache, Decoder, product, projections
+from model import ACTIVATIONS, ONEDNN, Decoder, attend, causal_bias, projections, rope_table
 
 CHECK_EVERY = 16  # tokens between two looks at which rows are finished
 
@@ -109,24 +110,23 @@ class Rollout:
 # --------------------------------------------------------------------------------------------------------- the twin
 
 
-class TwinLinear(nn.Module):
-    """Several projections of one input as one product, adapters included.
+def keep(old: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    """A copy of `value`, in the memory of `old` where it fits: a captured CUDA graph has read that address."""
+    if old is None or old.shape != value.shape:
+        return value.clone(memory_format=torch.contiguous_format)
+    return old.copy_(value)
+
+
+class Product:
+    """Several projections of one input as one product x W^T + b, adapters included, its outputs in the order `order`.
 
     A source is an nn.Linear, or an adapted one: `source.base` the frozen nn.Linear, `source.low_rank()` its branches as
-    (A (R, in), B (out, R)) with their scales in B. In fp32 they are merged, W + BA; otherwise y + B(Ax) in fp32.
+    (A (R, in), B (out, R)) with their scales in B. They are merged, W + BA; in bfloat16 y + B(Ax) in fp32.
     """
 
-    def __init__(self, dtype: torch.dtype, *sources: nn.Module):
-        super().__init__()
-        self.dtype, self.sources, self.bias, self.buffers_by_name = dtype, sources, None, {}
-
-    def keep(self, name, value):
-        """Copies into the buffer of that name, whose address a captured CUDA graph has read. A new shape is a new buffer."""
-        if name in self.buffers_by_name and self.buffers_by_name[name].shape == value.shape:
-            self.buffers_by_name[name].copy_(value)
-        else:
-            self.buffers_by_name[name] = value.clone(memory_format=torch.contiguous_format)
-        return self.buffers_by_name[name]
+    def __init__(self, dtype: torch.dtype, sources: list[nn.Module], order=slice(None)):
+        self.dtype, self.sources, self.order = dtype, sources, order
+        self.weight = self.bias = self.A = self.B = None
 
     def refresh(self):
         bases = [getattr(source, "base", source) for source in self.sources]
@@ -136,69 +136,137 @@ class TwinLinear(nn.Module):
         merge = self.dtype != torch.bfloat16
         if merge:
             weights = [w.addmm(B, A) if A.shape[0] else w for w, (A, B) in zip(weights, pairs)]
-        self.weight = self.keep("weight", torch.cat(weights))
+        weight = torch.cat(weights)[self.order]
+        self.packed = ONEDNN and not weight.is_cuda and self.dtype != torch.float64  # laid out once for many small products
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else keep(self.weight, weight)
         if getattr(bases[0], "bias", None) is not None:
-            self.bias = self.keep("bias", torch.cat([base.bias.to(self.dtype) for base in bases]))
-        self.packed = None
-        if ONEDNN and not self.weight.is_cuda and self.dtype != torch.float64:  # laid out once for many small products
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.bias = keep(self.bias, torch.cat([base.bias.to(self.dtype) for base in bases])[self.order])
         self.beside = not merge and any(A.shape[0] for A, _ in pairs)
         if self.beside:
-            self.A = self.keep("A", torch.cat([A for A, _ in pairs]))
-            self.B = self.keep("B", torch.block_diag(*[B for _, B in pairs]))
+            self.A = keep(self.A, torch.cat([A for A, _ in pairs]))
+            self.B = keep(self.B, torch.block_diag(*[B for _, B in pairs])[self.order])
 
-    def forward(self, x):
-        y = product(x, self.weight if self.packed is None else self.packed, self.bias)
-        return y.add_(F.linear(F.linear(x.float(), self.A), self.B)) if self.beside else y
-
-
-class TwinMLP(nn.Module):
-    """A fused MLP with the gated branches of its source, which run as they are."""
-
-    def __init__(self, mlp: nn.Module, source: nn.Module):
-        super().__init__()
-        self.mlp, self.source = mlp, source
-
-    def forward(self, x):
-        return self.mlp(x) + self.source.branches(x)
+    def __call__(self, x, residual=None):
+        """x (N, in) -> (N, out), added to `residual` (N, out) where there is one."""
+        if self.packed and residual is None:
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, "none", [], "")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        y = F.linear(x, self.weight, self.bias)
+        if self.beside:
+            y.add_(F.linear(F.linear(x.float(), self.A), self.B))
+        return y if residual is None else y.add_(residual)
 
 
-def build_twin(model: Decoder) -> Decoder:
-    """A decoder of the same function with q/k/v and gate/up fused where the family keeps them apart, filled by `refresh`.
+class TwinNorm:
+    """A Norm of the model; or one for each of the heads that lie side by side, their numbers in the order `order`."""
 
-    Norms and embeddings are the model's own, except that a bfloat16 model on a CPU gets a twin in fp32: at a few dozen rows
-    its bfloat16 kernels are no faster, and in fp32 branches can be merged without being rounded away.
-    `twin.copies` lists what `refresh` must copy then.
+    def __init__(self, dtype: torch.dtype, sources: list[nn.Module], order=slice(None)):
+        self.dtype, self.sources, self.order, self.weight, self.floor = dtype, sources, order, None, None
+        self.size, self.eps, self.rms = sources[0].width, sources[0].eps, sources[0].rms
+
+    def refresh(self):
+        weights = [source.weight.to(self.dtype) for source in self.sources]
+        self.bias = None if self.rms else self.sources[0].bias.to(self.dtype)
+        self.fused = not self.rms or (weights[0].is_cuda and len(weights) == 1)
+        self.floor = keep(self.floor, weights[0].new_tensor(math.sqrt(self.size[0] * self.eps)))
+        scaled = torch.stack(weights)[:, self.order] * math.sqrt(self.size[0])
+        self.weight = weights[0] if self.fused else keep(self.weight, scaled)
+
+    def __call__(self, x):
+        if not self.fused:  # rms_norm is six operations on a CPU. x / sqrt(|x|^2 / n + eps) = sqrt(n) x / hypot(|x|, sqrt(n eps))
+            return (x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)).mul_(self.weight)
+        if self.rms:
+            return F.rms_norm(x, self.size, self.weight, self.eps)
+        return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
+
+
+class Twin:
+    """The model's function laid out for decoding, in straight-line code over few operations; filled by `refresh`.
+
+    All families share one layout of queries, keys and values: by key head, the G queries of its group, the key, the value.
+    In queries and keys, the numbers i and i + R/2 that rotary embedding turns together lie side by side, so that turning is
+    one complex product; both being permuted alike, their products stay the same.
+
+    A bfloat16 model on a CPU gets a twin in fp32, where branches can be merged without being rounded away; only its head,
+    which has none, is bfloat16. Embeddings and norms are the model's own where they need no change.
     """
-    config = replace(model.config, fused=model.config.gated_mlp)
-    with torch.device("meta"):
-        twin = Decoder(config)
-    raised = model.dtype == torch.bfloat16 and model.device.type == "cpu"
-    dtype = torch.float32 if raised else model.dtype
-    twin.copies = []
 
-    def own(module: nn.Module) -> nn.Module:
-        if not raised:
-            return module
-        twin.copies.append((copy.deepcopy(module).float().requires_grad_(False), module))
-        return twin.copies[-1][0]
+    def __init__(self, model: Decoder):
+        c, device, names = model.config, model.device, projections(model.config)
+        self.model, self.config, self.groups = model, c, c.heads // c.kv_heads
+        self.dtype = dtype = torch.float32 if model.dtype == torch.bfloat16 and device.type == "cpu" else model.dtype
+        self.exact = torch.promote_types(dtype, torch.float32)  # of rotation: there are no complex numbers of bfloat16
+        pairs = torch.arange(c.rotary_dim, device=device).view(2, -1).t().flatten()
+        pairs = torch.cat((pairs, torch.arange(c.rotary_dim, c.head_dim, device=device)))
+        rows = torch.arange((c.heads + 2 * c.kv_heads) * c.head_dim, device=device).view(-1, c.head_dim)
+        if c.family == "gpt_neox":  # laid out head by head: q, k, v of head 0, then of head 1, ...
+            rows = rows.view(c.heads, 3, c.head_dim)
+        else:
+            q, k, v = rows.split((c.heads, c.kv_heads, c.kv_heads))
+            rows = torch.cat((q.view(c.kv_heads, -1, c.head_dim), k[:, None], v[:, None]), dim=1)  # (KV, G + 2, D)
+        rows = torch.cat((rows[:, :-1, pairs], rows[:, -1:]), dim=1).flatten()
+        self.norm = TwinNorm(dtype, [model.norm])
+        self.head = Product(model.dtype, [model.embed_tokens if c.tied else model.lm_head])
+        self.layers, self.parts = [], [self.norm, self.head]
+        for source in model.layers:
+            layer, attention, mlp = SimpleNamespace(), source.self_attn, getattr(source.mlp, "base", source.mlp)
+            layer.norm = TwinNorm(dtype, [source.input_layernorm])
+            layer.qkv = Product(dtype, [getattr(attention, name) for name in names["qkv"]], rows)
+            if c.qk_norm:
+                layer.qk_norm = TwinNorm(self.exact, [attention.q_norm] * self.groups + [attention.k_norm], pairs)
+            layer.out = Product(dtype, [getattr(attention, names["out"])])
+            layer.mlp_norm = TwinNorm(dtype, [source.post_attention_layernorm])
+            layer.up = Product(dtype, [getattr(mlp, name) for name in names["up"]])
+            layer.down = Product(dtype, [getattr(mlp, names["down"])])
+            self.parts += vars(layer).values()
+            layer.branches = getattr(source.mlp, "branches", None)  # gated ones run as they are
+            self.layers.append(layer)
+        if c.rotary_dim:
+            self.rope = torch.complex(*rope_table(c, device).to(self.exact).unbind(1))[:, None]  # (context, 1, R/2)
 
-    for name in ("embed_tokens", "embed_positions", "norm", "lm_head"):
-        if hasattr(model, name):
-            setattr(twin, name, own(getattr(model, name)))
-    ours, theirs = projections(config), projections(model.config)
-    for layer, source in zip(twin.layers, model.layers):
-        attention, mlp = source.self_attn, getattr(source.mlp, "base", source.mlp)
-        layer.input_layernorm, layer.post_attention_layernorm = own(source.input_layernorm), own(source.post_attention_layernorm)
-        if config.qk_norm:
-            layer.self_attn.q_norm, layer.self_attn.k_norm = own(attention.q_norm), own(attention.k_norm)
-        setattr(layer.self_attn, ours["qkv"][0], TwinLinear(dtype, *[getattr(attention, n) for n in theirs["qkv"]]))
-        setattr(layer.self_attn, ours["out"], TwinLinear(dtype, getattr(attention, theirs["out"])))
-        setattr(layer.mlp, ours["up"][0], TwinLinear(dtype, *[getattr(mlp, n) for n in theirs["up"]]))
-        setattr(layer.mlp, ours["down"], TwinLinear(dtype, getattr(mlp, theirs["down"])))
-        if hasattr(source.mlp, "branches"):
-            layer.mlp = TwinMLP(layer.mlp, source.mlp)
-    return twin
+    def refresh(self):
+        for part in self.parts:
+            part.refresh()
+        self.embed_tokens = self.model.embed_tokens.weight.to(self.dtype)
+        if not self.config.rotary_dim:
+            self.embed_positions = self.model.embed_positions.weight.to(self.dtype)
+
+    def hidden(self, ids, positions, attention) -> torch.Tensor:
+        """Final normed hidden states (N, C) of the tokens ids (N,) at positions (N,).
+
+        `attention(layer, qkv)`, qkv (N * KV, G + 2, D), keeps the keys and values and returns what the queries read (N, H * D).
+        """
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        x = F.embedding(ids, self.embed_tokens)
+        if c.rotary_dim:
+            turn = self.rope.index_select(0, positions[:, None].expand(-1, c.kv_heads).flatten())  # (N * KV, 1, R/2)
+        else:
+            x = x + F.embedding(positions, self.embed_positions)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.norm(x)).view(-1, self.groups + 2, c.head_dim)
+            if c.rotary_dim:
+                exact = qkv.to(self.exact)
+                if c.qk_norm:
+                    exact[:, :-1] = layer.qk_norm(exact[:, :-1])
+                torch.view_as_complex(exact.view(*qkv.shape[:2], -1, 2))[:, :-1, : c.rotary_dim // 2].mul_(turn)
+                qkv = exact.to(self.dtype)
+            y = layer.out(attention(i, qkv), residual=x)
+            normed = layer.mlp_norm(x if c.parallel_residual else y)
+            inner = layer.up(normed)
+            if c.gated_mlp:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = activation(gate).mul_(up)
+            else:
+                inner = activation(inner)
+            x = layer.down(inner, residual=y)
+            if layer.branches is not None:
+                x += layer.branches(normed)
+        return self.norm(x)
+
+    def logits(self, hidden) -> torch.Tensor:
+        """hidden (N, C) -> (N, V), in the model's dtype."""
+        return self.head(hidden.to(self.head.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------ the decoding
@@ -207,51 +275,76 @@ def build_twin(model: Decoder) -> Decoder:
 class Decoding:
     """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph."""
 
-    def __init__(self, twin: Decoder, rows: int, slots: int, padded: bool):
-        device = twin.device
-        self.cache = Cache(twin.config, rows, slots, twin.dtype, device)
-        self.cache.upto = slots
+    def __init__(self, twin: Twin, rows: int, slots: int, padded: bool):
+        c, device = twin.config, twin.model.device
+        self.config, self.upto, self.slots = c, slots, slots  # attention reads slots 0 .. upto - 1
+        # key and value side by side: one write for both, and the second read finds what the first one fetched
+        self.cache = torch.zeros(c.layers, rows, c.kv_heads, slots, 2 * c.head_dim, dtype=twin.dtype, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where the next token goes
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
-        self.row = torch.zeros(rows, dtype=torch.long, device=device)  # where its tokens go in the output
+        self.place = torch.zeros(rows, dtype=torch.long, device=device)  # where its next token goes in the flat output
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.step = torch.zeros(1, dtype=torch.long, device=device)
-        self.pad_bias = torch.zeros(rows, 1, 1, slots, dtype=twin.dtype, device=device) if padded else None
-        self.graph = None
+        shape = (rows, c.kv_heads, 1, slots) if padded else ()
+        self.bias = torch.zeros(shape, dtype=twin.dtype, device=device)
+        self.padded, self.graph = padded, None
 
-    def take(self, other: "Decoding", keep: torch.Tensor, nowhere: int):
-        """Copies the rows `keep` (n,) of another decoding into the first n of this one; the rest idle and write to `nowhere`."""
-        n, filled = len(keep), int(other.cache.slot)
-        for mine, theirs in zip(self.cache.keys + self.cache.values, other.cache.keys + other.cache.values):
-            mine[:n, :, :filled] = theirs[keep, :, :filled]
-        for name in ("token", "position", "row", "done"):
-            getattr(self, name)[:n] = getattr(other, name)[keep]
+    def take(self, other: "Decoding", chosen: torch.Tensor, width: int):
+        """Copies the rows `chosen` (n,) of another decoding into the first n of this one; the rest idle and write to the last
+        of the output's `width` rows."""
+        n = len(chosen)
+        self.cache[:, :n, :, : other.upto] = other.cache[:, chosen, :, : other.upto]
+        for name in ("token", "position", "place", "done"):
+            getattr(self, name)[:n] = getattr(other, name)[chosen]
         # idle rows count on too: from 0, or their position would leave the context after a few calls
-        self.row[n:], self.done[n:], self.position[n:] = nowhere, True, 0
-        if self.pad_bias is not None:
-            self.pad_bias[:n] = other.pad_bias[keep]
-        self.step.copy_(other.step)
-        self.cache.slot.copy_(other.cache.slot)
+        self.place[n:], self.done[n:], self.position[n:] = other.place[0] // width * width + width - 1, True, 0
+        if self.padded:
+            self.bias[:n] = other.bias[chosen]
+        self.slot.copy_(other.slot)
+
+    def attention(self, eager: bool):
+        """What `Twin` asks for one token per row: attends to slots 0 .. slot (eager: by slicing; in a graph: by a mask)."""
+        dim, groups, bias = self.config.head_dim, self.config.heads // self.config.kv_heads, self.bias
+        if self.padded:
+            bias = bias[..., : self.upto].flatten(0, 1)  # (N * KV, 1, S)
+        if not eager:
+            ahead = torch.arange(self.upto, device=self.slot.device) > self.slot
+            bias = bias.masked_fill(ahead, torch.finfo(bias.dtype).min)
+        cache = self.cache.flatten(1, 2)  # (layers, N * KV, slots, 2 D)
+        seen, exact = cache[:, :, : self.upto], torch.float32 if bias.is_cuda else None
+        cache, keys, values = cache.unbind(), seen[..., :dim].transpose(2, 3).unbind(), seen[..., dim:].unbind()
+
+        def attention(layer: int, qkv):
+            cache[layer].index_copy_(1, self.slot, qkv[:, groups:].flatten(1).unsqueeze(1))
+            scores = torch.baddbmm(bias, qkv[:, :groups], keys[layer], beta=int(self.padded), alpha=dim**-0.5)  # (N * KV, G, S)
+            probs = scores.softmax(-1, dtype=exact).to(qkv.dtype)
+            return torch.bmm(probs, values[layer]).view(len(self.token), -1)
+
+        return attention
 
 
 class Output:
-    """Where a rollout is written, (T, N + 1): tokens, mask, logprobs, support, and the uniform numbers it is drawn with.
-    The last column takes what idle rows write."""
+    """Where a rollout is written, place step * (N + 1) + row: tokens, mask, logprobs, support, and the uniform numbers it is
+    drawn with. The last row takes what idle rows write."""
 
     def __init__(self, steps: int, rows: int, vocab: int, truncated: bool, device):
-        self.tokens = torch.zeros(steps, rows + 1, dtype=torch.long, device=device)
-        self.mask = torch.zeros(steps, rows + 1, dtype=torch.bool, device=device)
-        self.logprobs = torch.zeros(steps, rows + 1, device=device)
-        self.uniform = torch.zeros(steps, rows + 1, device=device)
-        self.support = torch.zeros(steps, rows + 1, vocab, dtype=torch.bool, device=device) if truncated else None
+        self.width, places = rows + 1, steps * (rows + 1)
+        self.tokens = torch.zeros(places, dtype=torch.long, device=device)
+        self.mask = torch.zeros(places, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(places, device=device)
+        self.uniform = torch.zeros(places, device=device)
+        self.support = torch.zeros(places, vocab, dtype=torch.bool, device=device) if truncated else None
+
+    def rows(self, values: torch.Tensor, steps: int) -> torch.Tensor:
+        """(N, steps, ...). A copy always: the next call writes where this one did."""
+        return values.unflatten(0, (-1, self.width))[:steps, :-1].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 class Sampler:
     """Samples from a decoder; see the module's docstring. Call `refresh` whenever its weights or scales have changed."""
 
     def __init__(self, model: Decoder):
-        self.model, self.twin = model, build_twin(model)
-        self.head = TwinLinear(self.twin.dtype, self.twin.embed_tokens if model.config.tied else self.twin.lm_head)
+        self.model, self.twin = model, Twin(model)
         self.adapter = getattr(model, "adapter", None)
         self.static = model.device.type == "cuda"  # fixed shapes, one captured graph per token
         self.sessions = {}  # static: captured decodings by shape
@@ -262,14 +355,9 @@ class Sampler:
         """Takes over the model's present weights and scales. Raises ValueError if branches were attached since."""
         if getattr(self.model, "adapter", None) is not self.adapter:
             raise ValueError("the model got its adapter after this Sampler was built: attach first, then build the Sampler")
-        for mine, theirs in self.twin.copies:
-            for a, b in zip(mine.parameters(), theirs.parameters()):
-                a.copy_(b)
-        linears = [self.head, *(module for module in self.twin.modules() if isinstance(module, TwinLinear))]
-        for module in linears:
-            module.refresh()
+        self.twin.refresh()
         scales = dict(self.adapter.scales) if self.adapter and self.adapter.spec.kind == "mlp" else None
-        captured = (scales, [module.A.shape if module.beside else None for module in linears])
+        captured = (scales, [part.A.shape if getattr(part, "beside", False) else None for part in self.twin.parts])
         if captured != self.captured:
             self.sessions.clear()
         self.captured = captured
@@ -303,117 +391,112 @@ class Sampler:
             raise ValueError("prompts must be left-padded and not empty: a row of prompt_mask has False behind its first True")
         rows = prompts * num_generations
         uniform = 1 - torch.rand(max_new_tokens, rows, generator=generator)  # in (0, 1]
-        if self.static:
-            decoding, out = self._session((rows, max_new_tokens, law, tuple(stop_ids), pad_id), length)
-            extra = decoding.cache.upto - max_new_tokens - length  # static shapes: pad the prompts further
-            prompt_ids, prompt_mask = F.pad(prompt_ids, (extra, 0), value=pad_id), F.pad(prompt_mask, (extra, 0))
-        else:
-            decoding = Decoding(self.twin, rows, length + max_new_tokens, not bool(prompt_mask.all()))
-            out = Output(max_new_tokens, rows, config.vocab_size, law.truncated, device)
-        out.tokens.fill_(pad_id)
-        out.mask.zero_()
-        out.logprobs.zero_()
-        out.uniform[:, :rows] = uniform.to(device)
-        out.uniform[:, rows] = 1
-        prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
-        stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
-        self._prefill(decoding, out, prompt_ids, prompt_mask, num_generations, law, stop, pad_id)
-        eager = not self.static
-        whole, slots, used = decoding, decoding.cache.upto, 1
-        while used < max_new_tokens:
-            for _ in range(min(CHECK_EVERY, max_new_tokens - used)):
-                if eager:
-                    decoding.cache.upto = prompt_ids.shape[1] + used
-                    self._step(decoding, out, law, stop, pad_id, eager=True)
-                else:
-                    self._replay(decoding, out, law, stop, pad_id)
-                used += 1
-            alive = (~decoding.done).nonzero().squeeze(1)
-            if len(alive) == 0:
-                break
-            decoding = self._shrink(decoding, alive, rows, slots, eager, whole)
-        support = out.support[:used, :rows].transpose(0, 1) if law.truncated else None
-        own = {"memory_format": torch.contiguous_format}  # a copy always: the next call writes where this one did
+        with torch.inference_mode():  # a fifteenth faster than no_grad; what is returned is copied outside, fit for autograd
+            if self.static:
+                decoding, out = self._session((rows, max_new_tokens, law, tuple(stop_ids), pad_id), length)
+                extra = decoding.slots - max_new_tokens - length  # static shapes: pad the prompts further
+                prompt_ids, prompt_mask = F.pad(prompt_ids, (extra, 0), value=pad_id), F.pad(prompt_mask, (extra, 0))
+            else:
+                decoding = Decoding(self.twin, rows, length + max_new_tokens, not bool(prompt_mask.all()))
+                out = Output(max_new_tokens, rows, config.vocab_size, law.truncated, device)
+            out.tokens.fill_(pad_id)
+            out.mask.zero_()
+            out.logprobs.zero_()
+            out.uniform.copy_(F.pad(uniform, (0, 1), value=1).flatten())
+            prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+            stop = torch.tensor(stop_ids, dtype=torch.long, device=device)
+            self._prefill(decoding, out, prompt_ids, prompt_mask, num_generations, law, stop, pad_id)
+            whole, used = decoding, 1
+            while used < max_new_tokens:
+                for _ in range(min(CHECK_EVERY, max_new_tokens - used)):
+                    if self.static:
+                        self._replay(decoding, out, law, stop, pad_id)
+                    else:
+                        decoding.upto = prompt_ids.shape[1] + used
+                        self._step(decoding, out, law, stop, pad_id)
+                    used += 1
+                alive = (~decoding.done).nonzero().squeeze(1)
+                if len(alive) == 0:
+                    break
+                decoding = self._shrink(decoding, alive, out.width, whole)
+        tokens, mask, logprobs = (out.rows(values, used) for values in (out.tokens, out.mask, out.logprobs))
         return Rollout(
             prompt_ids.repeat_interleave(num_generations, 0), prompt_mask.repeat_interleave(num_generations, 0),
-            out.tokens[:used, :rows].t().clone(**own), out.mask[:used, :rows].t().clone(**own),
-            out.logprobs[:used, :rows].t().clone(**own), None if support is None else support.clone(**own),
-            torch.isin(out.tokens[:used, :rows], stop).logical_and(out.mask[:used, :rows]).any(0),
+            tokens, mask, logprobs, out.rows(out.support, used) if law.truncated else None,
+            torch.isin(tokens, stop).logical_and(mask).any(1),
         )  # fmt: skip
 
     def _prefill(self, d: Decoding, out: Output, ids, mask, copies: int, law: Law, stop, pad_id: int):
-        """Runs each prompt once, hands its cache to its `copies` rows and draws their first token."""
-        prompts, length = ids.shape
-        lowest = torch.finfo(self.twin.dtype).min
-        padded = d.pad_bias is not None
-        cache = Cache(self.twin.config, prompts, length, self.twin.dtype, ids.device)
-        cache.upto = length
-        hidden = self.twin.hidden(ids, mask if padded else None, cache=cache)[:, -1]
-        logits = self.head(hidden).repeat_interleave(copies, 0)  # (N, V)
-        for mine, theirs in zip(d.cache.keys + d.cache.values, cache.keys + cache.values):
-            mine[:, :, :length] = theirs.repeat_interleave(copies, 0)
-        d.row.copy_(torch.arange(len(d.row), device=ids.device))
+        """Runs each prompt once, hands its keys and values to its `copies` rows and draws their first token."""
+        (prompts, length), dim, bias = ids.shape, d.config.head_dim, None
+        if d.padded:
+            pad_bias = torch.zeros(mask.shape, dtype=self.twin.dtype, device=ids.device)
+            pad_bias = pad_bias.masked_fill_(~mask, torch.finfo(self.twin.dtype).min)[:, None, None]
+            bias = torch.minimum(causal_bias(length, length, self.twin.dtype, ids.device), pad_bias)
+            d.bias.zero_()
+            d.bias[..., :length] = pad_bias.repeat_interleave(copies, 0)
+        cache = d.cache.unflatten(1, (prompts, copies)).unflatten(-1, (2, dim))
+
+        def attention(layer: int, qkv):
+            qkv = qkv.view(prompts, length, d.config.kv_heads, -1, dim).transpose(1, 2)  # (P, KV, L, G + 2, D)
+            cache[layer, :, :, :, :length] = qkv[:, None, :, :, -2:]
+            queries = qkv[..., :-2, :].transpose(2, 3).flatten(1, 2)  # (P, H, L, D)
+            read = attend(queries, qkv[..., -2, :], qkv[..., -1, :], bias, causal=True)
+            return read.transpose(1, 2).reshape(prompts * length, -1)
+
+        positions = (mask.long().cumsum(-1) - 1).clamp_(min=0)
+        hidden = self.twin.hidden(ids.flatten(), positions.flatten(), attention).view(prompts, length, -1)[:, -1]
+        d.place.copy_(torch.arange(len(d.place), device=ids.device))
         d.position.copy_(mask.sum(-1).repeat_interleave(copies, 0))
         d.done.zero_()
-        d.step.zero_()
-        d.cache.slot.fill_(length)
-        if padded:
-            d.pad_bias.zero_()
-            d.pad_bias[..., :length].masked_fill_(~mask.repeat_interleave(copies, 0)[:, None, None], lowest)
-        self._write(d, out, logits, law, stop, pad_id)
+        d.slot.fill_(length)
+        self._write(d, out, self.twin.logits(hidden).repeat_interleave(copies, 0), law, stop, pad_id)
 
     def _write(self, d: Decoding, out: Output, logits, law: Law, stop, pad_id: int):
         """Draws a token per row and writes it; finished rows go on with pad_id and leave no trace."""
-        step = d.step.expand(len(d.row))
-        uniform = out.uniform[d.step, d.row]
-        token, logprob, support = draw(logits, uniform, law, d.step < law.min_new_tokens, stop)
+        young = d.place[:1] < law.min_new_tokens * out.width
+        token, logprob, support = draw(logits, out.uniform.index_select(0, d.place), law, young, stop)
         alive = ~d.done
         token = torch.where(alive, token, pad_id)
-        out.tokens.index_put_((step, d.row), token)
-        out.mask.index_put_((step, d.row), alive)
-        out.logprobs.index_put_((step, d.row), logprob * alive)
+        out.tokens.index_copy_(0, d.place, token)
+        out.mask.index_copy_(0, d.place, alive)
+        out.logprobs.index_copy_(0, d.place, logprob * alive)
         if support is not None:
-            out.support.index_put_((step, d.row), support)
+            out.support.index_copy_(0, d.place, support)
         d.token.copy_(token)
         d.done |= torch.isin(token, stop)
-        d.step += 1
+        d.place += out.width
 
-    def _step(self, d: Decoding, out: Output, law: Law, stop, pad_id: int, eager: bool):
-        """One token for every row: attention reads slots 0 .. slot (eager: by slicing; in a graph: by a mask)."""
-        if eager:
-            bias = None if d.pad_bias is None else d.pad_bias[..., : d.cache.upto]
-        else:
-            ahead = torch.arange(d.cache.upto, device=d.token.device) > d.cache.slot
-            bias = d.pad_bias.masked_fill(ahead, torch.finfo(self.twin.dtype).min)
-        hidden = self.twin.hidden(d.token[:, None], position_ids=d.position[:, None], cache=d.cache, bias=bias)[:, 0]
-        logits = self.head(hidden)
+    def _step(self, d: Decoding, out: Output, law: Law, stop, pad_id: int):
+        """One token for every row."""
+        hidden = self.twin.hidden(d.token, d.position, d.attention(eager=not self.static))
         d.position += 1
-        d.cache.slot += 1
-        self._write(d, out, logits, law, stop, pad_id)
+        d.slot += 1
+        self._write(d, out, self.twin.logits(hidden), law, stop, pad_id)
 
-    def _shrink(self, d: Decoding, alive, rows: int, slots: int, eager: bool, whole: Decoding) -> Decoding:
+    def _shrink(self, d: Decoding, alive, width: int, whole: Decoding) -> Decoding:
         """Drops finished rows: on a CPU all of them, on CUDA when half or more of a captured size are idle."""
-        if eager:
-            if len(alive) > 0.9 * len(d.row):
+        if not self.static:
+            if len(alive) > 0.9 * len(d.token):
                 return d
-            smaller = Decoding(self.twin, len(alive), slots, d.pad_bias is not None)
+            smaller = Decoding(self.twin, len(alive), d.slots, d.padded)
         else:
-            size = len(d.row)
+            size = len(d.token)
             while size >= 2 * len(alive) and size >= 32:
                 size //= 2
-            if size == len(d.row):
+            if size == len(d.token):
                 return d
             if size not in whole.smaller:
-                whole.smaller[size] = Decoding(self.twin, size, slots, True)
+                whole.smaller[size] = Decoding(self.twin, size, d.slots, True)
             smaller = whole.smaller[size]
-        smaller.take(d, alive, nowhere=rows)
+        smaller.take(d, alive, width)
         return smaller
 
     def _session(self, key: tuple, length: int) -> tuple[Decoding, Output]:
         """The static decoding of these settings; prompts are padded to the longest seen so far, in steps of 16."""
         (rows, steps, law, *_), length = key, -(-length // 16) * 16
         limit = self.model.config.context - steps
-        if key not in self.sessions or self.sessions[key][0].cache.upto < min(length, limit) + steps:
+        if key not in self.sessions or self.sessions[key][0].slots < min(length, limit) + steps:
             decoding = Decoding(self.twin, rows, min(length, limit) + steps, True)
             decoding.smaller = {}
             self.sessions[key] = decoding, Output(steps, rows, self.model.config.vocab_size, law.truncated, self.model.device)
@@ -421,16 +504,16 @@ class Sampler:
 
     def _replay(self, d: Decoding, out: Output, law: Law, stop, pad_id: int):
         if d.token.device.type != "cuda":  # the tests run the static path without graphs
-            return self._step(d, out, law, stop, pad_id, eager=False)
+            return self._step(d, out, law, stop, pad_id)
         if d.graph is None:  # the first token of a shape runs eagerly, which also warms the kernels up; then capture
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._step(d, out, law, stop, pad_id, eager=False)
+                self._step(d, out, law, stop, pad_id)
             torch.cuda.current_stream().wait_stream(stream)
             d.graph = torch.cuda.CUDAGraph()
             d.constants = stop  # read by the graph: must outlive this call
             with torch.cuda.graph(d.graph):
-                self._step(d, out, law, stop, pad_id, eager=False)
+                self._step(d, out, law, stop, pad_id)
             return  # capturing does not run
         d.graph.replay()

@@ -377,6 +377,15 @@ def test_static_shapes_equal_eager(name, law):
     assert gap(static, model, LAWS[law]) < 1e-4
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_products_equal_plain_ones(name, monkeypatch):
+    """oneDNN's products of weights laid out in advance, and F.linear, which stands in where that kernel is missing."""
+    model = with_branches(random_model(name), preset("r2", dual=True))
+    packed = sample(sampler_of(model), *prompts(), copies=8)
+    monkeypatch.setattr(sampling, "ONEDNN", False)
+    same(packed, sample(sampler_of(model), *prompts(), copies=8), tolerance=1e-4)
+
+
 def check_repeated_rollouts(model, twin):
     """Many rollouts from one static sampler, lengths and seeds changing, against a fresh eager one on the CPU."""
     static, eager = sampler_of(model), sampler_of(twin, False)
@@ -452,7 +461,7 @@ def test_nothing_keeps_a_graph_and_the_model_is_unchanged():
     model = with_branches(random_model("llama"), preset("r4", dual=True))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rollout = sample(sampler_of(model), *prompts())
-    assert not any(t.requires_grad for t in vars(rollout).values() if t is not None)
+    assert not any(t.requires_grad or t.is_inference() for t in vars(rollout).values() if t is not None)
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
