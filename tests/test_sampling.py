@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 import sampling
+import twin
 from adapters import AdapterSpec, Branch, attach, preset, reference, scaled, set_scales
 from model import Decoder, ModelConfig
 from rl_grpo import score_rows
@@ -382,7 +383,7 @@ def test_packed_products_equal_plain_ones(name, monkeypatch):
     """oneDNN's products of weights laid out in advance, and F.linear, which stands in where that kernel is missing."""
     model = with_branches(random_model(name), preset("r2", dual=True))
     packed = sample(sampler_of(model), *prompts(), copies=8)
-    monkeypatch.setattr(sampling, "ONEDNN", False)
+    monkeypatch.setattr(twin, "ONEDNN", False)
     same(packed, sample(sampler_of(model), *prompts(), copies=8), tolerance=1e-4)
 
 
