@@ -209,8 +209,9 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
         axis.set(title=f"training: {key}" + (" (nats a token)" if key == "kl" else ""), xlabel="step")
     for axis, key in zip(axes.flat[4:], ("task", "hack")):
         for mode in evaluations[-1]["rows"]:
-            points = [(e["step"], e["rows"][mode][key]) for e in evaluations if mode in e["rows"]]
-            axis.plot(*zip(*points), marker="o", markersize=4, label=mode)
+            points = [(e["step"], e["rows"].get(mode, e["rows"]["untrained"])[key]) for e in evaluations]  # all start untrained
+            style = {"untrained": ":", "deployed": "--"}.get(mode, "-")
+            axis.plot(*zip(*points), style, marker="o", markersize=4, label=mode)
         axis.set(title=f"test prompts: {key}", xlabel="step")
         axis.legend(fontsize=8)
     for axis in axes.flat:
