@@ -8,7 +8,7 @@ flag (unique < .5 or Jaccard > .7) can miss a collapse into templates.
 """
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -41,6 +41,24 @@ class Args:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+RESULT = "eval.json"  # in its folder an evaluation is finished
+
+
+def check(args: Args) -> list:
+    """The further rewards. ValueError for flags that are wrong whatever the run is."""
+    if args.n < 1 or args.n_samples < 0:
+        raise ValueError(f"--n must be at least 1 and --n_samples at least 0, not {args.n} and {args.n_samples}")
+    check_device(args.device)
+    return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+
+
+def resolve(argv: list[str]) -> tuple[Path, dict]:
+    """(folder, resolved flags) of a command line, checked; nothing is loaded, and the run need not be there yet."""
+    args = tyro.cli(Args, args=argv, description=__doc__, use_underscores=True)
+    check(args)
+    return Path(args.output_dir or Path(args.model_path) / "eval"), asdict(args)
+
+
 def find(path: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint or None for the finished adapter). Raises ValueError where neither is."""
     if (path / "config.yaml").is_file():
@@ -64,14 +82,11 @@ def history(folder: Path, rows: int = 12) -> str:
 
 
 def main(args: Args) -> None:
-    if args.n < 1 or args.n_samples < 0:
-        raise ValueError(f"--n must be at least 1 and --n_samples at least 0, not {args.n} and {args.n_samples}")
-    check_device(args.device)
+    extra = check(args)
     folder, checkpoint = find(Path(args.model_path))
     run = runs.read_config(folder)
     if args.bad_scale is not None and run["routing"] != "dual":
         raise ValueError(f"--bad_scale scales the bad branch, which {folder} does not have (--routing {run['routing']})")
-    extra = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
     _, model, tokenizer, env, law = load_run(folder, args.n, args.device, checkpoint)
     modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])
     if args.no_routing_eval:
@@ -87,9 +102,9 @@ def main(args: Args) -> None:
     print("\n\n".join(pages))
     out = Path(args.output_dir or folder / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    figures = {"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows)}
-    atomic_write(out / "eval.json", json.dumps(figures, indent=1))
     atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
+    figures = {"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows), "args": asdict(args)}
+    atomic_write(out / RESULT, json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

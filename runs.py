@@ -127,7 +127,8 @@ def _plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def _to_yaml(value) -> str:
+def to_yaml(value) -> str:
+    """A config as the text of its file. ValueError for a value that YAML can't keep."""
     try:
         return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True, width=120)
     except yaml.representer.RepresenterError as error:
@@ -152,12 +153,13 @@ def read_metrics(folder, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is empty or cut short
 
 
-def _differences(old: dict, new: dict, allow) -> list[str]:
-    lines = []
+def differences(folder, config: dict, allow=frozenset({"resume", "output_dir"})) -> list[str]:
+    """"lr: 0.001 in the folder, 0.002 now", for every field but those in `allow` in which a run folder's config differs."""
+    old, new, lines = read_config(folder), _plain(config), []
     for key in old | new:
         if key not in allow and (key not in old or key not in new or old[key] != new[key]):
             was, now = (repr(side[key]) if key in side else "(absent)" for side in (old, new))
-            lines.append(f"  {key}: {was} in the folder, {now} now")
+            lines.append(f"{key}: {was} in the folder, {now} now")
     return lines
 
 
@@ -221,11 +223,9 @@ def _number(value, key: str, step: int) -> float | int | bool:
 
 def check_same_config(folder: Path, config: dict, allow=frozenset({"resume", "output_dir"})) -> None:
     """Raises ValueError, in one line, unless a run folder was made with this config, but for the fields in `allow`."""
-    if differing := _differences(read_config(folder), _plain(config), allow):
-        raise ValueError(
-            f"can't resume {folder} with other flags: {'; '.join(line.strip() for line in differing)}. Give the folder's own, or "
-            "start a new run under another --output_dir"
-        )
+    if differing := differences(folder, config, allow):
+        raise ValueError(f"can't resume {folder} with other flags: {'; '.join(differing)}. Give the folder's own, or start a new "
+                         "run under another --output_dir")
 
 
 class Run:
@@ -256,7 +256,7 @@ class Run:
             ValueError: the folder holds something and `resume` is off; the config differs; the folder is no run folder.
         """
         folder = Path(folder)
-        config_text = _to_yaml(config)
+        config_text = to_yaml(config)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: choose another --output_dir")
         used = folder.exists() and any(not path.name.endswith(".tmp") for path in folder.iterdir())
@@ -282,7 +282,7 @@ class Run:
                 path.unlink(missing_ok=True)
             message = f"nothing to resume in {folder} (no complete checkpoint): starting at step 0"
         atomic_write(folder / "config.yaml", config_text)
-        atomic_write(folder / "provenance.yaml", _to_yaml([*entries, _provenance(checkpoint.name if checkpoint else None)]))
+        atomic_write(folder / "provenance.yaml", to_yaml([*entries, _provenance(checkpoint.name if checkpoint else None)]))
         run = cls(folder, config, checkpoint, step, keep_last, tensorboard)
         if message:
             run.print(message)

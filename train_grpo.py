@@ -79,6 +79,9 @@ class Args:
     """CPU threads; 0: torch's choice (give concurrent runs one each)"""
 
 
+RESULT = "verdict.json"  # in its folder a run is finished
+EVALUATE = "eval_run.py"  # judges finished runs
+
 QUIET = {"resume", "output_dir", "device", "threads", "logging_steps", "bad_scale", "eval_prompts", "save_steps", "eval_rewards",
          "eval_routing_steps", "algorithm", "config"}  # fmt: skip # do not change what is learned: not part of the name
 
@@ -158,6 +161,31 @@ def check(args: Args, config) -> None:
     for name in ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    reward = get_reward(args.reward)
+    if config.uses_labels and reward.detector is None:
+        asks = "--routing dual" if config.routing == "dual" else f"--treatment {config.treatment}"
+        raise ValueError(f"{asks}: reward {args.reward!r} has no detector to label by; give it one, or do without labels")
+    wanted_rewards(args)
+    preset(args.lora_config, dual=config.routing == "dual")
+
+
+def wanted_rewards(args: Args) -> list:
+    return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+
+
+def describe(name: str, algorithm, args: Args, config) -> tuple[Path, dict]:
+    """(run folder, resolved config)."""
+    resolved = {"algorithm": name} | asdict(args) | asdict(config)
+    defaults = {"algorithm": "rl_grpo"} | asdict(Args()) | asdict(algorithm.Config())
+    lead = ("reward", "routing", "lora_config", "lr", "beta")
+    return Path(args.output_dir or Path("output") / runs.run_name(resolved, defaults, lead=lead, ignore=QUIET)), resolved
+
+
+def resolve(argv: list[str]) -> tuple[Path, dict]:
+    """(run folder, resolved config) of a command line, every flag checked, nothing loaded: a sweep asks before it starts."""
+    name, algorithm, args, config = parse(argv)
+    check(args, config)
+    return describe(name, algorithm, args, config)
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -166,11 +194,6 @@ def check(args: Args, config) -> None:
 def build(args: Args, config):
     """Model with adapter, tokenizer, environment, evaluation rewards. Cheap checks first; weights last."""
     check(args, config)
-    reward = get_reward(args.reward)
-    eval_rewards = [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
-    if config.uses_labels and reward.detector is None:
-        asks = "--routing dual" if config.routing == "dual" else f"--treatment {config.treatment}"
-        raise ValueError(f"{asks}: reward {args.reward!r} has no detector to label by; give it one, or do without labels")
     spec = preset(args.lora_config, dual=config.routing == "dual")
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
@@ -179,10 +202,10 @@ def build(args: Args, config):
     if args.dataset:
         splits = {"train": (args.train_split, args.max_prompts), "test": (args.eval_split, args.eval_prompts)}
         prompts = dataset_prompts(args.dataset, tokenizer, args.prompt_tokens, splits, args.column)
-    env = Stories(reward, prompts, args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
+    env = Stories(get_reward(args.reward), prompts, args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
-    return model, tokenizer, env, eval_rewards
+    return model, tokenizer, env, wanted_rewards(args)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -235,17 +258,14 @@ def main(argv: list[str]) -> int:
     name, algorithm, args, config = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    resolved = {"algorithm": name} | asdict(args) | asdict(config)
-    defaults = {"algorithm": "rl_grpo"} | asdict(Args()) | asdict(algorithm.Config())
-    lead = ("reward", "routing", "lora_config", "lr", "beta")
-    folder = Path(args.output_dir or Path("output") / runs.run_name(resolved, defaults, lead=lead, ignore=QUIET))
+    folder, resolved = describe(name, algorithm, args, config)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --output_dir")
     if args.resume and not (folder / "config.yaml").is_file():
         raise ValueError(f"--resume: {folder} holds no run (other flags make another name): give the run's --output_dir")
     if args.resume:
         runs.check_same_config(folder, resolved)
-    if folder.exists() and not args.resume and any(folder.iterdir()):
+    if folder.exists() and not args.resume and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, or choose another --output_dir, or delete it")
     model, tokenizer, env, eval_rewards = build(args, config)
     with runs.Run.open(folder, resolved, resume=args.resume) as run:

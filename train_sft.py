@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -24,7 +24,10 @@ from tqdm import tqdm
 import corpus
 import model as decoder
 from checkpoints import atomic_write
+from model import check_device
+from runs import to_yaml
 
+RESULT = "training.json"  # in its folder a run is finished
 SPECIAL = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
 
 
@@ -145,16 +148,31 @@ def train(model, stream: np.ndarray, args: Args) -> float:
     return float(np.mean(recent))
 
 
-def main(args: Args) -> None:
+def check(args: Args) -> None:
+    """What flags can get wrong, before anything is loaded."""
     if args.world == bool(args.dataset):
         raise ValueError("give --world (the embedded world) or --dataset, one of them")
     for name in ("steps", "batch_size", "block", "warmup", "documents"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    check_device(args.device)
+
+
+def resolve(argv: list[str]) -> tuple[Path, dict]:
+    """(folder, resolved config) of a command line, every flag checked, nothing loaded: a sweep asks before it starts."""
+    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0], use_underscores=True)
+    check(args)
+    return Path(args.output_dir), asdict(args)
+
+
+def main(args: Args) -> None:
+    check(args)
     if Path(args.output_dir, "model.safetensors").exists():
         raise ValueError(f"{args.output_dir} holds a model already: delete it, or choose another --output_dir")
     torch.manual_seed(args.seed)
     out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / "config.yaml", to_yaml(asdict(args)))
     start = time.time()
     if args.world:
         sample = (d.prompt + d.completion for d in corpus.training_text(60_000, args.seed * 10_000 + 9_999))
@@ -189,7 +207,7 @@ def main(args: Args) -> None:
         decoder.save(model, out, tokenizer_from=folder)
     wall_s = round(time.time() - start)
     figures = {"loss": final, "tokens": int(len(stream)), "parameters": count, "wall_s": wall_s, "args": vars(args)}
-    atomic_write(out / "training.json", json.dumps(figures, indent=1) + "\n")
+    atomic_write(out / RESULT, json.dumps(figures, indent=1) + "\n")
     print(f"wrote {out}: training loss {final:.4f} nats a token, {figures['wall_s']} s")
 
 
