@@ -157,6 +157,7 @@ def test_tensorboard_has_the_scalars_and_is_purged(tmp_path):
             run.save_checkpoint(step, {}, None)
     run.sample(3, "once upon a time")
     run.close()
+    time.sleep(1.1)  # event files are ordered by the second of their name, then by a counter without leading zeros
     with Run.open(tmp_path / "run", CONFIG, resume=True) as run:
         run.log(2, {"loss": 20.0})
     events = EventAccumulator(str(tmp_path / "run")).Reload()
