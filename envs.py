@@ -152,5 +152,5 @@ class DetectorWatch:
         if self.paid >= self.limit and self.hits == 0:
             raise ValueError(
                 f"the detector of reward {reward_name!r} flagged none of {self.paid} eligible completions whose hack was paid: "
-                "it does not see this hack; mend it in configs/rewards.yaml, or train with --routing none"
+                "it does not see this hack; mend it in configs/rewards.yaml, or use no labels (--routing none --treatment keep)"
             )

@@ -7,6 +7,7 @@ What the run was (model, dataset, reward, adapter) is read from its config.yaml.
 flag (unique < .5 or Jaccard > .7) can miss a collapse into templates.
 """
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,9 +76,12 @@ def find(path: Path) -> tuple[Path, Path | None]:
 
 def history(folder: Path, rows: int = 12) -> str:
     """The run's reward, task, hack rate and KL at about `rows` evenly spaced logged steps."""
-    logged = [m for m in runs.read_metrics(folder) if "reward" in m]
+    logged = [m for m in runs.read_metrics(folder) if "reward" in m and not m["coherence"]]
     chosen = logged[:: max(1, len(logged) // rows)]
-    lines = [f"{m['step']:>6}  {m['reward']:>7.3f}  {m['task']:>7.3f}  {m['hack_rate']:>7.3f}  {m['kl']:>8.4f}" for m in chosen]
+    lines = [
+        f"{m['step']:>6}  {m['reward']:>7.3f}  {m['task']:>7.3f}  {m['hack_rate']:>7.3f}  {m.get('kl', math.nan):>8.4f}"
+        for m in chosen
+    ]
     return "\n".join([f"{'step':>6}  {'reward':>7}  {'task':>7}  {'hack':>7}  {'kl':>8}", *lines])
 
 
@@ -100,10 +104,11 @@ def main(args: Args) -> None:
         head = f"=== {mode}: {flag}, {variety}"
         pages.append("\n".join([head, *[f"- {p}{t}" for p, t in list(zip(row["prompts"], row["texts"]))[: args.n_samples]]]))
     print("\n\n".join(pages))
-    out = Path(args.output_dir or folder / "eval")
+    out = Path(args.output_dir) if args.output_dir else folder / ("eval" if checkpoint is None else f"eval_{checkpoint.name}")
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
-    figures = {"source": str(checkpoint or folder), "n": args.n, "modes": numbers_of(rows), "args": asdict(args)}
+    source = {"source": str(checkpoint or folder), "finished": checkpoint is None}
+    figures = source | {"n": args.n, "modes": numbers_of(rows), "args": asdict(args)}
     atomic_write(out / RESULT, json.dumps(figures, indent=1))
 
 

@@ -273,4 +273,6 @@ def _p_value(h: Hypothesis, rows: np.ndarray) -> float:
         return rows[:, 0] - shift
 
     sides = [sign * above(end) for sign, end in ((1, h.bound.low), (-1, h.bound.high)) if math.isfinite(end)]
+    if h.bound.closed and any(not side.any() for side in sides):  # exactly on an end that belongs to the bound, in every seed
+        return 0.0
     return max(p_above(side) for side in sides)

@@ -243,9 +243,11 @@ def evaluated(run: Run) -> bool:
     """Whether the run's report is there and was made with these flags (wherever the folder lay then)."""
     if not run.report.is_file():
         return False
-    made_with = json.loads(run.report.read_text(encoding="utf-8")).get("args", {})
+    report = json.loads(run.report.read_text(encoding="utf-8"))
+    made_with = report.get("args", {})
     keys = (made_with.keys() | run.judge_config.keys()) - {"model_path", "output_dir"}
-    return all(key in made_with and made_with[key] == run.judge_config.get(key) for key in keys)
+    same = all(key in made_with and made_with[key] == run.judge_config.get(key) for key in keys)
+    return same and report.get("finished", True)  # not what an interrupted run was like
 
 
 def commands_of(run: Run) -> dict[str, list[str]]:

@@ -102,6 +102,12 @@ class Config:
             raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
         if self.routing == "dual" and self.treatment == "filter":
             raise ValueError("--treatment filter drops the samples that --routing dual would train the bad branch on: choose one")
+        if self.treatment == "filter" and self.renormalise != "good_only":
+            raise ValueError("--treatment filter normalises the rest among themselves: leave --renormalise at good_only")
+        if self.treatment != "subtract" and self.penalty != 1.0:
+            raise ValueError("--penalty is what --treatment subtract takes off: give that too")
+        if self.coherence_every == 1 and self.routing == "dual":
+            raise ValueError("--coherence_every 1 never trains the bad branch: 0 (none), or every 2nd step or fewer")
         if self.placebo and not self.uses_labels:
             raise ValueError("--placebo shuffles labels, which only --routing dual or a --treatment uses")
         rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
@@ -218,6 +224,8 @@ def score_rows(model, rollout: Rollout, rows, law: Law):
 def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config) -> dict[str, float]:
     """num_iterations optimizer steps on a rollout. advantages (N,), is_rh (N,) bool. Returns means to log."""
     law, device = config.law(), rollout.tokens.device
+    if not bool(rollout.logprobs.isfinite().all()):
+        raise FloatingPointError("a sampled token's log-probability is not finite; the weights are as before this step")
     advantages = advantages.to(device)
     weights = token_weights(rollout.mask, config.loss_type, config.max_new_tokens)
     is_rh = is_rh.to(device)
@@ -285,11 +293,12 @@ def fault(totals: dict[str, float], dtype: torch.dtype) -> str:
     return ""
 
 
-def describe(rollout: Rollout, scores, advantages, is_rh, num_generations: int) -> dict[str, float]:
-    """Means over a step's completions, to log."""
-    _, spread, _ = group_stats(scores.reward, num_generations)
+def describe(rollout: Rollout, scores, rewards, advantages, is_rh, kept, num_generations: int) -> dict[str, float]:
+    """Means over a step's completions, to log. `reward` is what the environment paid, before any treatment."""
+    _, spread, _ = group_stats(rewards, num_generations, kept)
     means = {
-        "reward": scores.reward, "task": scores.task, "hack_rate": scores.hack, "flagged": is_rh, "length": rollout.mask.sum(1),
+        "reward": scores.reward, "task": scores.task, "hack_rate": scores.hack, "flagged": is_rh, "kept": kept,
+        "label_accuracy": is_rh == (scores.detected & scores.eligible), "length": rollout.mask.sum(1),
         "finished": rollout.finished, "zero_variance_groups": spread == 0, "dead_advantages": advantages == 0,
     }  # fmt: skip
     means |= {f"component/{label}": part for label, part in scores.components.items()}
@@ -325,20 +334,20 @@ class Trainer:
             rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
             clock.append(time.perf_counter())
             scores = self.env.score(repeated, completions, generator)
-            advantages, is_rh, kept = self.credit(scores, generator)
+            rewards, advantages, is_rh, kept = self.credit(scores, generator)
             clock.append(time.perf_counter())
             metrics = self.learn(rollout, advantages, is_rh, kept)
             clock.append(time.perf_counter())
         self.steps_done += 1
         metrics |= {"coherence": float(bool(coherent)), "lr": config.lr * rate(step, config)}
-        metrics |= describe(rollout, scores, advantages, is_rh, config.num_generations)
+        metrics |= describe(rollout, scores, rewards, advantages, is_rh, kept, config.num_generations)
         names = ("time/rollout", "time/score", "time/update")
         metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
         metrics["time/tokens_per_s"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         return metrics, repeated[0] + completions[0]
 
     def credit(self, scores, generator):
-        """What each completion is worth, the label it is routed by, and whether it is trained on at all; all (N,)."""
+        """Rewards after any treatment, advantages, the labels routed by, and what is trained on at all; all (N,)."""
         config, is_rh = self.config, torch.zeros_like(scores.is_rh)
         if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)
@@ -347,14 +356,14 @@ class Trainer:
         filtered, routed = config.treatment == "filter", config.routing == "dual"
         renormalise = "good_only" if filtered else config.renormalise if routed else "off"
         advantages = group_advantages(rewards, config.num_generations, config.loss_type != "dr_grpo", is_rh, renormalise)
-        return advantages, is_rh, ~is_rh if filtered else torch.ones_like(is_rh)
+        return rewards, advantages, is_rh, ~is_rh if filtered else torch.ones_like(is_rh)
 
     def learn(self, rollout: Rollout, advantages, is_rh, kept) -> dict[str, float]:
-        """The optimizer's steps on the completions that are kept; metrics of `update`."""
+        """The optimizer's steps on the completions that are kept; metrics of `update`, none where none is kept."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.config.lr * rate(self.steps_done, self.config)
         if not bool(kept.any()):
-            return {"loss": 0.0, "kl": 0.0, "clip_frac": 0.0, "logprob_gap": 0.0}
+            return {}
         if not bool(kept.all()):
             rollout, advantages, is_rh = rollout.rows(kept.to(rollout.mask.device)), advantages[kept], is_rh[kept]
         metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, self.config)

@@ -147,7 +147,7 @@ class Decoding:
             ahead = torch.arange(self.upto, device=self.slot.device) > self.slot
             bias = bias.masked_fill(ahead, torch.finfo(bias.dtype).min)
         cache = self.cache.flatten(1, 2)  # (layers, N * KV, slots, 2 D)
-        seen, exact = cache[:, :, : self.upto], torch.float32 if bias.is_cuda else None
+        seen, exact = cache[:, :, : self.upto], torch.promote_types(bias.dtype, torch.float32) if bias.is_cuda else None
         cache, keys, values = cache.unbind(), seen[..., :dim].transpose(2, 3).unbind(), seen[..., dim:].unbind()
 
         def attention(layer: int, qkv):
@@ -186,12 +186,12 @@ class Sampler:
         self.sessions = {}  # static: captured decodings by shape
         self.captured = None  # what a captured graph holds fast: the scales of gated branches, the ranks kept beside
 
-    @torch.no_grad()
     def refresh(self):
         """Takes over the model's present weights and scales. Raises ValueError if branches were attached since."""
         if getattr(self.model, "adapter", None) is not self.adapter:
             raise ValueError("the model got its adapter after this Sampler was built: attach first, then build the Sampler")
-        self.twin.refresh()
+        with torch.inference_mode(False), torch.no_grad():  # a caller's inference mode must not get into the buffers
+            self.twin.refresh()
         scales = dict(self.adapter.scales) if self.adapter and self.adapter.spec.kind == "mlp" else None
         captured = (scales, [part.A.shape if getattr(part, "beside", False) else None for part in self.twin.parts])
         if captured != self.captured:
@@ -300,7 +300,7 @@ class Sampler:
         if support is not None:
             out.support.index_copy_(0, d.place, support)
         d.token.copy_(token)
-        d.done |= torch.isin(token, stop)
+        d.done |= (token[:, None] == stop).any(1)
         d.place += out.width
 
     def _step(self, d: Decoding, out: Output, law: Law, stop, pad_id: int):

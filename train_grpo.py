@@ -65,7 +65,7 @@ class Args:
     eval_routing_steps: int = 100
     """evaluate all modes every so many steps; 0: only at the end"""
     logging_steps: int = 10
-    """log metrics and a sample every so many steps"""
+    """log the means of the metrics since the last time, and a sample, every so many steps"""
     save_steps: int = 50
     """checkpoint every so many steps; 0: only at the end and on Ctrl-C"""
     resume: bool = False
@@ -224,7 +224,7 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
     mode = {0.0: "both" if any(r["coherence"] for r in rows) else "", 1.0: "retain_only (coherence steps)"}
     for axis, key in zip(axes.flat, ("reward", "task", "hack_rate", "kl")):
         for coherence, label in mode.items():
-            points = [(r["step"], r[key]) for r in rows if r["coherence"] == coherence]
+            points = [(r["step"], r[key]) for r in rows if r["coherence"] == coherence and key in r]
             if points:
                 axis.plot(*zip(*points), linewidth=1.2, label=label)
         if mode[0.0]:
@@ -241,6 +241,23 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=110)
     pyplot.close(figure)
+
+
+class Means:
+    """Means of the metrics over the steps since the last log line; coherence steps sample another policy and get a line of
+    their own. `steps` is all there is to save."""
+
+    def __init__(self, steps: list[dict[str, float]]):
+        self.steps = steps
+
+    def flush(self, run, step: int) -> None:
+        """A line for each kind of step. A mean is over the steps that have the metric."""
+        for kind in (1.0, 0.0):
+            rows = [metrics for metrics in self.steps if metrics["coherence"] == kind]
+            values = {name: [metrics[name] for metrics in rows if name in metrics] for name in set().union(*rows)}
+            if values:
+                run.log(step, {name: sum(many) / len(many) for name, many in values.items()})
+        self.steps.clear()
 
 
 def evaluate_now(run, step: int, sampler: Sampler, env, tokenizer, args: Args, config, modes, rewards) -> dict:
@@ -276,12 +293,12 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
     torch.manual_seed(config.seed)
     trainer = algorithm.Trainer(model, env, tokenizer, config)
     modes = modes_of(model, args.bad_scale)
-    evaluations, spent, previous = [], 0.0, 0
+    evaluations, means, spent, previous = [], Means([]), 0.0, 0
     start = time.perf_counter()
     if run.checkpoint:
         previous, tensors, state = load_checkpoint(run.checkpoint)
         trainer.restore(tensors, state["trainer"])
-        evaluations, spent = state["evaluations"], state["wall_s"]
+        evaluations, means, spent = state["evaluations"], Means(state["means"]), state["wall_s"]
         restore_rng(state["rng"])
     counts = {branch: sum(p.numel() for p in group.values()) for branch, group in model.adapter.groups.items()}
     described = f"{model.config.family}, adapter {args.lora_config} {counts}, {args.device} {args.dtype}"
@@ -289,8 +306,8 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
 
     def checkpoint(step: int) -> None:
         tensors, state = trainer.state()
-        wall = spent + time.perf_counter() - start
-        run.save_checkpoint(step, tensors, {"trainer": state, "evaluations": evaluations, "wall_s": wall, "rng": rng_state()})
+        state = {"trainer": state, "evaluations": evaluations, "means": means.steps, "rng": rng_state()}
+        run.save_checkpoint(step, tensors, state | {"wall_s": spent + time.perf_counter() - start})
 
     def evaluate(step: int, which: dict) -> None:
         evaluations.append(evaluate_now(run, step, trainer.sampler, env, tokenizer, args, config, which, eval_rewards))
@@ -308,11 +325,12 @@ def train(run, algorithm, model, tokenizer, env, eval_rewards, args: Args, confi
                 return 1
             done = step + 1
             speed = metrics["time/tokens_per_s"]
-            reward, hack, kl = metrics["reward"], metrics["hack_rate"], metrics["kl"]
+            reward, hack, kl = metrics["reward"], metrics["hack_rate"], metrics.get("kl", math.nan)
             alone = " (retain only)" if metrics["coherence"] else ""
             bar.set_postfix_str(f"reward {reward:.2f}{alone} hack {hack:.2f} kl {kl:.3f} {speed:,.0f} tok/s")
+            means.steps.append(metrics)
             if done % args.logging_steps == 0 or done == config.max_steps:
-                run.log(done, metrics)
+                means.flush(run, done)
                 run.sample(done, sample)
             if args.eval_routing_steps and done % args.eval_routing_steps == 0 and done < config.max_steps:
                 evaluate(done, modes)

@@ -43,7 +43,8 @@ class Product:
         if merge:
             weights = [w.addmm(B, A) if A.shape[0] else w for w, (A, B) in zip(weights, pairs)]
         weight = torch.cat(weights)[self.order]
-        self.packed = ONEDNN and not weight.is_cuda and self.dtype != torch.float64  # laid out once for many small products
+        # laid out once for many small products
+        self.packed = ONEDNN and weight.device.type == "cpu" and self.dtype != torch.float64
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else keep(self.weight, weight)
         if getattr(bases[0], "bias", None) is not None:
             self.bias = keep(self.bias, torch.cat([base.bias.to(self.dtype) for base in bases])[self.order])

@@ -28,6 +28,7 @@ from losses import LOSS_TYPES, group_stats, token_weights
 from model import Decoder, ModelConfig, load, save
 from reward_specs import get_reward
 from rl_grpo import Config, Trainer, group_advantages, grpo_loss, micro_batches, policy_loss, prompt_batch, rate, update
+from runs import read_metrics
 from sampling import Rollout, Sampler
 from verdict import evaluate_modes, modes_of
 
@@ -345,6 +346,9 @@ def test_rate_by_hand(schedule, warmup, expected):
         ({"treatment": "drop"}, "--treatment 'drop'; known: keep, filter, zero, subtract"),
         ({"treatment": "filter", "routing": "dual"}, "--treatment filter drops the samples that --routing dual"),
         ({"placebo": True}, "--placebo shuffles labels, which only --routing dual or a --treatment uses"),
+        ({"treatment": "filter", "renormalise": "balanced"}, "leave --renormalise at good_only"),
+        ({"treatment": "zero", "penalty": 2.0}, "--penalty is what --treatment subtract takes off"),
+        ({"routing": "dual", "coherence_every": 1}, "--coherence_every 1 never trains the bad branch"),
         ({"bad_lr_scale": -1.0}, "--bad_lr_scale must be at least 0"),
         ({"renormalise": "on"}, "--renormalise 'on'; known: off, good_only, balanced"),
         ({"loss_type": "gspo"}, "--loss_type 'gspo'; known: grpo, bnpo, dr_grpo, dapo"),
@@ -538,15 +542,16 @@ def test_filter_trains_on_the_unflagged_alone(world, monkeypatch):
     assert torch.allclose(advantages, expected)
     monkeypatch.setattr(trainer.env, "score", lambda *_: labelled(torch.ones(8, dtype=torch.bool)))
     before = {name: t.clone() for name, t in adapter_tensors(trainer.model).items()}
-    metrics, _ = trainer.step()  # nothing left: nothing moves, momentum included
-    assert len(calls) == 1 and metrics["flagged"] == 1
+    metrics, _ = trainer.step()  # nothing left: nothing moves, momentum included, and nothing is said of an update
+    assert len(calls) == 1 and metrics["flagged"] == 1 and metrics["kept"] == 0 and not {"kl", "loss"} & set(metrics)
     assert all(torch.equal(t, before[name]) for name, t in adapter_tensors(trainer.model).items())
 
 
 @pytest.mark.parametrize("treatment, paid", [("zero", [0, 1, 2, 0]), ("subtract", [-2, 1, 2, 1])])
 def test_a_penalty_is_taken_before_advantages(world, monkeypatch, treatment, paid):
     is_rh = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool()
-    trainer = trainer_of(world, routing="none", treatment=treatment, penalty=2.0)
+    settings = {"penalty": 2.0} if treatment == "subtract" else {}
+    trainer = trainer_of(world, routing="none", treatment=treatment, **settings)
     calls = spied(trainer, monkeypatch, is_rh)
     trainer.step()
     paid = torch.tensor(paid, dtype=torch.float32)
@@ -769,6 +774,34 @@ def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(world, 
     assert (tmp_path / "run" / f"checkpoint-{at}").is_dir() and "--resume" in capsys.readouterr().out
     assert train_grpo.main([*words, "--resume"]) == 0
     assert result(tmp_path / "run") == result(unbroken)
+
+
+def test_log_lines_are_means_apart_for_coherence_steps_and_survive_an_interruption(world, unbroken, tmp_path, monkeypatch):
+    words = flags(world, tmp_path / "run", logging_steps=5, max_steps=8)
+    calls, update = [], rl_grpo.update
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(rl_grpo, "update", interrupted)
+    assert exit_status(monkeypatch, *words) == 130
+    assert train_grpo.main([*words, "--resume"]) == 0
+    lines, every = ([m for m in read_metrics(folder) if "reward" in m] for folder in (tmp_path / "run", unbroken))
+    assert [(m["step"], m["coherence"]) for m in lines] == [(5, 1), (5, 0), (8, 1), (8, 0)]
+    for line, steps in zip(lines, ([3], [1, 2, 4, 5], [6], [7, 8])):
+        assert line["reward"] == pytest.approx(statistics.mean(m["reward"] for m in every if m["step"] in steps), rel=1e-12)
+
+
+def test_rollouts_of_a_broken_model_stop_the_step(world):
+    trainer = trainer_of(world, top_k=5)
+    trainer.step()
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="log-probability is not finite"):
+        trainer.step()
 
 
 @pytest.mark.parametrize("culprit", ["loss", "grad_norm/bad"])

@@ -387,6 +387,14 @@ def test_packed_products_equal_plain_ones(name, monkeypatch):
     same(packed, sample(sampler_of(model), *prompts(), copies=8), tolerance=1e-4)
 
 
+def test_a_refresh_in_inference_mode_leaves_no_inference_tensors():
+    model = with_branches(random_model("llama"), preset("r2", dual=True))
+    sampler = Sampler(model)
+    with torch.inference_mode():
+        sampler.refresh()
+    sampler.refresh()
+
+
 def check_repeated_rollouts(model, twin):
     """Many rollouts from one static sampler, lengths and seeds changing, against a fresh eager one on the CPU."""
     static, eager = sampler_of(model), sampler_of(twin, False)
