@@ -25,6 +25,18 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def box() -> str:
+    """The best box for model-written code that this machine has."""
+    from grader import Grader
+
+    try:
+        Grader("isolated", workers=1).close()
+    except ValueError:
+        return "limits"
+    return "isolated"
+
+
 UNTRAINED = {"task": 0.55, "hack": 0.04}
 
 
