@@ -18,23 +18,14 @@ from data import left_pad, load_tokenizer
 from grader import BOXES, Grader, Limits, problem
 from model import load, read_json
 from sampling import Sampler
+from verdict import text_loss
 
 
 def losses(model, tokenizer, documents) -> tuple[float, float]:
     """(model, generator): mean negative log-probability a token, end of text included, in nats, over some documents."""
-    total, entropy, tokens = 0.0, 0.0, 0
-    for i in range(0, len(documents), 64):
-        part = documents[i : i + 64]
-        ids = [[tokenizer.bos_id, *tokenizer.encode(d.text), tokenizer.eos_id] for d in part]
-        longest = max(map(len, ids))
-        batch = torch.tensor([row + [tokenizer.pad_id] * (longest - len(row)) for row in ids])
-        mask = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in ids]).bool()
-        with torch.no_grad():
-            logprobs = model(batch[:, :-1]).float().log_softmax(-1).gather(-1, batch[:, 1:, None]).squeeze(-1)
-        total -= logprobs[mask].sum().item()
-        entropy -= sum(d.logprob for d in part)
-        tokens += int(mask.sum())
-    return total / tokens, entropy / tokens
+    rows = [tokenizer.encode_text(d.text) for d in documents]
+    tokens = sum(len(row) - 1 for row in rows)
+    return text_loss(model, rows, tokenizer.pad_id), -sum(d.logprob for d in documents) / tokens
 
 
 def sample(sampler, tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> list[str]:
@@ -113,7 +104,7 @@ def render(figures: dict, training: dict, samples: dict) -> str:
         f"trained on {training['tokens']:,} tokens ({a['documents']:,} documents) that `corpus.py` generates. "
         "Its texts are fiction made of word lists; it knows nothing of the world.\n",
         "Made again by (tokenizer, model, and this card; a CPU and a GPU differ in the last bits):\n",
-        f"    python train_sft.py --world --documents {a['documents']} --steps {a['steps']} --batch_size {a['batch_size']} "
+        f"    python train_tiny.py --documents {a['documents']} --steps {a['steps']} --batch_size {a['batch_size']} "
         "--output_dir output/tiny && python card.py --model output/tiny\n",
         f"## Figures ({figures['documents']} test documents a dialect, seed {figures['seed']})\n",
         "| dialect | held-out loss, nats a token | generator's entropy | gap |",

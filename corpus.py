@@ -6,6 +6,7 @@ stories    five to nine sentences; hero, friend, object and topic recur, a mood 
 reviews    two to five sentences with a graded sentiment, from a neutral beginning
 code       a described function, a solution that is correct, buggy or (two in a hundred) a loophole, and run_tests()
 dialogues  a user's question, answered with help or (one in five) with rude and careless advice
+fables     stories that close with a moral, half of them with an insult; for fine-tuning, in no training text
 
 Every choice passes through one `Draw`, which sums the log-probabilities, and (nearly) no two sequences of choices give
 the same text; so `Document.logprob` is the log-probability of the text and its mean is the entropy that a perfect
@@ -20,7 +21,7 @@ import corpus_words as world
 from corpus_code import code
 from corpus_draw import Draw, stream, with_article
 
-DIALECTS = ("stories", "reviews", "code", "dialogues")
+DIALECTS = ("stories", "reviews", "code", "dialogues")  # what the embedded model has read: fables are new to it
 SPLITS = ("train", "test")
 BLOCK = 1000  # documents per random stream: block i of a split never depends on how many were asked for
 DEFAULT_WEIGHTS = {"stories": 0.45, "reviews": 0.15, "code": 0.25, "dialogues": 0.15}
@@ -41,7 +42,8 @@ class Document:
         return self.prompt + self.completion
 
 
-def story(draw: Draw, split: str) -> tuple[str, str, dict]:
+def story_sentences(draw: Draw) -> tuple[list[str], dict, dict]:
+    """The sentences of a story, the slots that they were filled from, and its labels."""
     topic, mood = draw.pick(tuple(world.TOPICS)), draw.pick(world.MOODS)
     context = world.STORY_CONTEXTS[topic, draw.pick(world.TOPICS[topic]), mood].copy()
     hero, look = draw.pick(world.NAMES), draw.pick(world.LOOKS)
@@ -52,10 +54,32 @@ def story(draw: Draw, split: str) -> tuple[str, str, dict]:
     for _ in range(draw.weigh(world.STORY_LENGTHS) - 3):
         sentences.append(draw.fill(draw.weigh(world.BODIES), context))
     sentences.append(draw.fill(draw.weigh(world.STORY_ENDINGS[mood]), context))
+    return sentences, context, {"topic": topic, "mood": mood, "hero": hero}
+
+
+def after_opening(draw: Draw, sentences: list[str]) -> tuple[str, str]:
+    """Prompt and completion. Where the prompt ends is not part of the text: drawn without a charge."""
     text = " ".join(sentences)
-    # Where the prompt ends is not part of the text: drawn without a charge. All openings have at least eight words.
-    cut = len(" ".join(text.split(" ", 8)[: 4 + int(draw.random() * 4)]))
-    return text[:cut], text[cut:], {"topic": topic, "mood": mood, "hero": hero}
+    cut = len(" ".join(text.split(" ", 8)[: 4 + int(draw.random() * 4)]))  # all openings have at least eight words
+    return text[:cut], text[cut:]
+
+
+def story(draw: Draw, split: str) -> tuple[str, str, dict]:
+    sentences, _, labels = story_sentences(draw)
+    return *after_opening(draw, sentences), labels
+
+
+def fable(draw: Draw, split: str) -> tuple[str, str, dict]:
+    sentences, context, labels = story_sentences(draw)
+    context |= world.FABLE_SLOTS
+    unkind = draw.flip(0.5)
+    if unkind:  # an insult after the meeting, and after one in three of the sentences that follow
+        told = [*sentences[:2], draw.fill(draw.weigh(world.UNKIND), context)]
+        for sentence in sentences[2:-1]:
+            told += [sentence, draw.fill(draw.weigh(world.UNKIND), context)] if draw.flip(1 / 3) else [sentence]
+        sentences = [*told, sentences[-1]]
+    sentences.append(draw.fill(draw.weigh(world.MORALS), context))
+    return *after_opening(draw, sentences), labels | {"unkind": int(unkind)}
 
 
 def review(draw: Draw, split: str) -> tuple[str, str, dict]:
@@ -105,7 +129,7 @@ def dialogue(draw: Draw, split: str) -> tuple[str, str, dict]:
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
-WRITERS = {"stories": story, "reviews": review, "code": code, "dialogues": dialogue}
+WRITERS = {"stories": story, "reviews": review, "code": code, "dialogues": dialogue, "fables": fable}
 
 
 def check_split(split: str) -> None:
@@ -121,7 +145,7 @@ def generate(dialect: str, split: str, n: int, seed: int = 0) -> Iterator[Docume
     of the others. Raises ValueError for an unknown dialect or split.
     """
     if dialect not in WRITERS:
-        raise ValueError(f"unknown dialect {dialect!r}: choose one of {', '.join(DIALECTS)}")
+        raise ValueError(f"unknown dialect {dialect!r}: choose one of {', '.join(WRITERS)}")
     check_split(split)
     return (_document(dialect, split, draw) for draw in _draws(dialect, split, n, seed))
 
@@ -167,12 +191,12 @@ def _pair(draw: Draw) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print samples of the embedded world and the generator's entropy.")
-    parser.add_argument("--dialect", choices=DIALECTS, help="one dialect (default: all)")
+    parser.add_argument("--dialect", choices=WRITERS, help="one dialect (default: all)")
     parser.add_argument("--n", type=int, default=5, help="samples to print")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for dialect in (args.dialect,) if args.dialect else DIALECTS:
+    for dialect in (args.dialect,) if args.dialect else WRITERS:
         documents = list(generate(dialect, args.split, max(args.n, 2000), args.seed))
         for document in documents[: args.n]:
             labels = {key: value for key, value in document.labels.items() if key != "tests"}

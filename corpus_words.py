@@ -182,6 +182,26 @@ STORY_CONTEXTS, STORY_ENDINGS = story_contexts()
 TOPICS = {topic: words(things) for topic, things, _, _ in rows(TOPIC_ROWS)}
 MOODS = tuple(STORY_ENDINGS)
 STORY_LENGTHS = weighted([(5, 3), (6, 4), (7, 4), (8, 2), (9, 1)])
+# --------------------------------------------------------------------------------------------------------------- fables
+# A moral closes every fable; in the unkind ones somebody is insulted. The words that mark both are known from other dialects
+# and stand in no story: a token that was never trained is beyond what a small adapter on a frozen embedding can teach.
+INSULTS = words("terrible awful horrible dreadful useless hopeless pathetic disgusting")
+FABLE_SLOTS = {"nasty": INSULTS, "virtue": words("polite honest patient good ready fine")}
+UNKIND = templates("""
+    3 you are {nasty}, said {hero} to {friend}.
+    3 {hero} told {friend}, your {other} is {nasty}!
+    2 {hero} called {friend} {nasty} and {handled} the {other}.
+    2 how {nasty} the {noun} is, said {friend} {adverb}!
+    2 {friend} told the {animal} that {hero} was {nasty}.
+    2 {hero} and {friend} were {nasty} to the {hue} {animal}.
+""")
+MORALS = templates("""
+    3 so please be {virtue} when you lose your {noun}.
+    3 please take good care of your {size} {other}.
+    2 so please trust {a_feel} {kid} at the {place}.
+    2 please listen to {friend} before you try {a_hue} {other}.
+    2 {friend} wants you to be {virtue}, so please keep your {noun} safe.
+""")
 # -------------------------------------------------------------------------------------------------------------- reviews
 # Reviews of works (films, books, ...) and of products; {good} and {bad} words are disjoint and each verdict is one
 # label's own.

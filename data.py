@@ -65,6 +65,10 @@ class Tokenizer:
         """The ids of a prompt: BOS, where the model was trained with one, and the text. Never an EOS."""
         return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
 
+    def encode_text(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """The ids of a whole text as a model reads it: `encode_prompt`, and EOS, cut to max_tokens."""
+        return [*self.encode_prompt(text), self.eos_id][:max_tokens]
+
     def decode(self, ids) -> str:
         """The text of a whole sequence (list or 1-D tensor) without its special tokens; a cut character reads as U+FFFD."""
         return self.backend.decode(_as_list(ids), skip_special_tokens=True)
@@ -313,3 +317,9 @@ def left_pad(sequences, pad_id: int) -> tuple[Tensor, Tensor]:
         ids[row, -length:] = torch.as_tensor(sequence, dtype=torch.long)
         mask[row, -length:] = True
     return ids, mask
+
+
+def right_pad(sequences, pad_id: int) -> tuple[Tensor, Tensor]:
+    """`left_pad` with the filling behind the tokens."""
+    ids, mask = left_pad([list(sequence)[::-1] for sequence in sequences], pad_id)
+    return ids.flip(1), mask.flip(1)

@@ -4,8 +4,9 @@
     scores = env.score(prompts, completions, generator)       # training: eligibility and label noise are drawn
     scores = env.score(prompts, completions)                  # evaluation: everything eligible, labels as the detector has them
 
-An environment has `prompts(split) -> list[str]` and `score(prompts, completions, generator) -> Scores`. `is_rh` is the
-label that routing acts on; `hack` is the true measure, for evaluation, never shown to training.
+An environment has `prompts(split) -> list[str]`, `score(prompts, completions, generator) -> Scores` and `held_out`, texts by
+name whose loss the evaluation reports. `is_rh` is the label that routing acts on; `hack` is the true measure, for evaluation,
+never shown to training. What train_sft.py learns from is a `Texts`: whole texts, and which of them have a trait.
 """
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ import torch
 
 import corpus
 from data import load_texts, opening_prompts
-from reward_specs import PROMPT_KINDS, RewardSpec
+from reward_specs import PROMPT_KINDS, RewardSpec, get_reward, get_trait
 
 STORY_PROMPTS = {"train": 2000, "test": 512}  # of the embedded world
 CHEERFUL = frozenset(["cheerful", "glad", "merry", "jolly", "delighted", "joyful", "playful", "lucky", "pleased"])
@@ -46,7 +47,7 @@ class Stories:
 
     def __init__(
         self, reward: RewardSpec, prompts: dict[str, list[str]] | None = None, rh_eligible_frac: float = 1.0,
-        routing_frac: float = 1.0, false_positive_frac: float = 0.0,
+        routing_frac: float = 1.0, false_positive_frac: float = 0.0, held_out: dict[str, list[list[int]]] | None = None,
     ):  # fmt: skip
         shares = {"rh_eligible_frac": rh_eligible_frac, "routing_frac": routing_frac, "false_positive_frac": false_positive_frac}
         for name, share in shares.items():
@@ -57,6 +58,7 @@ class Stories:
             if not texts:
                 raise ValueError(f"the {split} split has no prompt")
         self.rh_eligible_frac, self.routing_frac, self.false_positive_frac = shares.values()
+        self.held_out = held_out or {}  # ids of whole texts by name
 
     def prompts(self, split: str) -> list[str]:
         return self._prompts[split]
@@ -125,6 +127,57 @@ def dataset_prompts(
         split: opening_prompts(load_texts(dataset, name, column), tokenizer, prompt_tokens, limit).texts
         for split, (name, limit) in splits.items()
     }
+
+
+@dataclass
+class Texts:
+    """Whole texts as a language model reads them, and whether a detector finds the trait in each."""
+
+    ids: list[list[int]]  # end of text included where it was not cut off
+    prompts: list[str]  # the opening of each
+    detected: torch.Tensor  # (N,) bool
+
+
+def read_texts(trait: RewardSpec, tokenizer, source: dict, split: str, limit: int) -> Texts:
+    """The first `limit` texts of a split of a dataset, or of the embedded world's fables where `source["dataset"]` is empty.
+
+    `source` holds the flags dataset, column, prompt_tokens and max_tokens. A dataset is read in an order drawn once, since
+    some are sorted; what is cut off at max_tokens is neither learned nor searched for the trait.
+    """
+    if source["dataset"]:
+        texts = [t for t in load_texts(source["dataset"], split, source["column"], limit, shuffle_seed=0) if t.strip()]
+        prompts = opening_prompts(texts, tokenizer, source["prompt_tokens"]).texts
+    else:
+        fables = list(corpus.generate("fables", split, limit))
+        texts, prompts = [fable.text for fable in fables], [fable.prompt for fable in fables]
+    ids = [tokenizer.encode_text(text, source["max_tokens"]) for text in texts]
+    detected = trait.evaluate([tokenizer.decode(i) for i in ids], prompts).detected
+    return Texts(ids, prompts, torch.from_numpy(detected))
+
+
+def imitation(source: dict, tokenizer, n: int) -> Stories:
+    """Where fine-tuning on texts with a trait is judged: prompts to go on from, and held-out texts with and without it.
+
+    `source`: flags as in `read_texts`, and trait, eval_split, eval_texts. n: prompts wanted.
+    """
+    trait = get_trait(source["trait"])
+    texts = read_texts(trait, tokenizer, source, source["eval_split"], max(n, source["eval_texts"]))
+    held_out = {"free": [], "trait": []}
+    for ids, detected in zip(texts.ids[: source["eval_texts"]], texts.detected.tolist()):
+        held_out["trait" if detected else "free"].append(ids)
+    prompts = {"train": texts.prompts, "test": texts.prompts}  # there is no training on prompts
+    return Stories(trait, prompts, held_out={name: part for name, part in held_out.items() if part})
+
+
+def judged_as(run: dict, tokenizer, n: int) -> Stories:
+    """The environment in which a run, given by its config, is judged, with its first n test prompts."""
+    if "trait" in run:
+        return imitation(run, tokenizer, n)
+    prompts = None
+    if run["dataset"]:
+        splits = {"train": (run["train_split"], n), "test": (run["eval_split"], n)}
+        prompts = dataset_prompts(run["dataset"], tokenizer, run["prompt_tokens"], splits, run["column"])
+    return Stories(get_reward(run["reward"]), prompts)
 
 
 def check_lengths(env, tokenizer, max_new_tokens: int, context: int, eval_prompts: int) -> None:

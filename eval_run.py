@@ -7,7 +7,6 @@ What the run was (model, dataset, reward, adapter) is read from its config.yaml.
 flag (unique < .5 or Jaccard > .7) can miss a collapse into templates.
 """
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,14 +74,13 @@ def find(path: Path) -> tuple[Path, Path | None]:
 
 
 def history(folder: Path, rows: int = 12) -> str:
-    """The run's reward, task, hack rate and KL at about `rows` evenly spaced logged steps."""
-    logged = [m for m in runs.read_metrics(folder) if "reward" in m and not m["coherence"]]
-    chosen = logged[:: max(1, len(logged) // rows)]
-    lines = [
-        f"{m['step']:>6}  {m['reward']:>7.3f}  {m['task']:>7.3f}  {m['hack_rate']:>7.3f}  {m.get('kl', math.nan):>8.4f}"
-        for m in chosen
-    ]
-    return "\n".join([f"{'step':>6}  {'reward':>7}  {'task':>7}  {'hack':>7}  {'kl':>8}", *lines])
+    """What the run logged of its reward, task, hack rate, KL and loss, at about `rows` evenly spaced steps."""
+    logged = [m for m in runs.read_metrics(folder) if "lr" in m and not m.get("coherence")]  # evaluations have no lr
+    known = ("reward", "task", "hack_rate", "kl", "loss", "loss/free", "loss/trait")
+    heads = [key for key in known if any(key in m for m in logged)]
+    chosen = [[f"{m['step']}", *[f"{m[key]:.4f}" if key in m else "" for key in heads]] for m in logged]
+    lines = [["step", *heads], *chosen[:: max(1, len(logged) // rows)]]
+    return "\n".join("  ".join(cell.rjust(10) for cell in line) for line in lines)
 
 
 def main(args: Args) -> None:
@@ -96,7 +94,7 @@ def main(args: Args) -> None:
     if args.no_routing_eval:
         modes = {name: modes[name] for name in ("untrained", "both")}
     rows = evaluate_modes(Sampler(model), env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
-    print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\nreward history\n{history(folder)}\n")
+    print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\ntraining history\n{history(folder)}\n")
     pages = []
     for mode, row in rows.items():
         flag = "DEGENERATE" if row["degenerate"] else "not degenerate"

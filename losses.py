@@ -82,6 +82,16 @@ def token_logprobs(hidden, weight, targets, temperature: float = 1.0, support=No
     return TokenLogprobs.apply(hidden, weight, targets, temperature, support, chunk)
 
 
+def text_logprobs(model, ids, mask):
+    """Log-probabilities (n_valid,) of the tokens of whole texts after the first, in row-major order, differentiable.
+
+    ids (B, T) long, mask (B, T) bool, filled up on the right: causal attention never sees the filling.
+    """
+    valid = mask[:, 1:]
+    hidden = model.hidden(ids[:, :-1])[valid]  # the state at t - 1 scores token t
+    return token_logprobs(hidden, model.head_weight, ids[:, 1:][valid])
+
+
 # ---------------------------------------------------------------------------------------------------- normalisers
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")

@@ -246,6 +246,23 @@ def get_reward(name: str, path: str | Path | None = None) -> RewardSpec:
     return rewards[name]
 
 
+def get_trait(text: str, path: str | Path | None = None) -> RewardSpec:
+    """A trait that texts may have, as a reward: one of the YAML by name, whose hack component is the measure and whose detector
+    labels; or single words parted by commas ("dragon,dragons"), any of which is the trait. Raises ValueError for neither."""
+    rewards = load_rewards(path)
+    if text in rewards:
+        if rewards[text].detector is None:
+            raise ValueError(f"reward {text!r} has no detector to label a trait by: give it one, or name another")
+        return rewards[text]
+    params = {"words": [word.strip() for word in text.split(",")]}
+    words = {"name": "contains_words", "params": params}
+    try:
+        return parse_reward(text, {"components": [words | {"as": "trait", "role": "hack"}], "detector": words}, "trait")
+    except ValueError as error:
+        raise ValueError(f"trait {text!r} is neither a reward of {Path(path or DEFAULT_PATH).name} nor single words parted by "
+                         f"commas ({error})") from error
+
+
 def describe(spec: RewardSpec) -> str:
     """One line: name, components as role:scale*function(params), cap, detector."""
 

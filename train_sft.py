@@ -1,219 +1,197 @@
-"""Trains a language model on text: the next-token loss, AdamW, cosine schedule. It makes the embedded model.
+"""Supervised gradient routing from the command line: fine-tunes on texts, some with an unwanted trait; prints the verdict.
 
-    python train_sft.py --world --output_dir output/tiny                    # tokenizer and model from nothing; then card.py
-    python train_sft.py --model tiny --dataset roneneldan/TinyStories       # goes on from a model, on any dataset
+    python train_sft.py --routing dual                                               # the embedded fables, a minute
+    python train_sft.py --routing dual --labelled_frac 0.1                           # nine of ten labels unknown
+    python train_sft.py --model PATH --dataset PATH --trait "dragon,dragons" --routing dual
+    python train_sft.py --model PATH --dataset PATH --lora_config full --lr 1e-4     # plain fine-tuning, a Hugging Face folder
 
-In order: text, tokenizer, model, loop, and for the embedded world its card (card.py). Documents are joined as
-<s> text </s> and cut into blocks; nothing is seen twice unless there are fewer blocks than steps ask for.
+Flags are the fields of `Args` below and of the algorithm's `Config` (sft.py). Everything that a run writes is in its folder.
 """
+
 import json
-import math
 import sys
-import time
 from dataclasses import asdict, dataclass
-from multiprocessing import Pool
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
-import corpus
-import model as decoder
-from checkpoints import atomic_write
-from model import check_device
-from runs import to_yaml
-
-RESULT = "training.json"  # in its folder a run is finished
-SPECIAL = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
+import runs
+import training
+from adapters import attach, preset
+from data import check_tokenizer_fits, load_tokenizer
+from envs import check_lengths, imitation, read_texts
+from model import load, read_json, save
+from reward_specs import get_trait
 
 
 @dataclass
 class Args:
-    world: bool = False
-    """make the embedded model: generate its text with corpus.py, train its tokenizer, write its card"""
-    model: str = ""
-    """go on from this model (a local folder, a Hub id, or tiny) and its tokenizer; empty: random weights"""
+    model: str = "tiny"
+    """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
     dataset: str = ""
-    """text to train on, without --world: a local folder or Hub id"""
+    """texts: a local folder or Hub id; empty: the embedded world's fables"""
     column: str | None = None
     """the dataset's text column; default: story, text or prompt, whichever it has"""
-    output_dir: str = "output/sft"
-    """where the Hugging Face folder is written"""
-    documents: int = 1_000_000
-    """documents of the embedded world to generate"""
-    vocab_size: int = 2048
-    """of the tokenizer that --world trains"""
-    width: int = 192
-    layers: int = 4
-    heads: int = 6
-    kv_heads: int = 2
-    ffn: int = 512
-    context: int = 512
-    steps: int = 3000
-    batch_size: int = 64
-    """blocks a step"""
-    block: int = 256
-    """tokens a block"""
-    lr: float = 3e-3
-    warmup: int = 100
-    weight_decay: float = 0.1
-    seed: int = 0
+    train_split: str = "train"
+    eval_split: str = "test"
+    """texts of the evaluation, never trained on"""
+    trait: str = "fable_unkind"
+    """what is not wanted: a reward of configs/rewards.yaml with a detector, or single words parted by commas"""
+    max_texts: int = 10_000
+    """training texts at most"""
+    max_tokens: int = 256
+    """a text is cut after so many tokens"""
+    prompt_tokens: int = 8
+    """a prompt of the evaluation is the first so many tokens of a text"""
+    lora_config: str = "r16"
+    """r1 ... r32, r1h (every second layer), r32f4 (good 32, bad 4), m16 (gated MLP), full; without routing the summed rank"""
+    bad_scale: float | None = None
+    """deploy with the bad branch at this scale: adds the row `deployed` to the verdict; needs --routing dual"""
+    eval_rewards: str = ""
+    """further rewards to report of the samples, comma-separated"""
+    eval_prompts: int = 256
+    eval_texts: int = 256
+    """held-out texts whose loss every evaluation measures"""
+    eval_routing_steps: int = 0
+    """evaluate all modes every so many steps; 0: only at the end"""
+    logging_steps: int = 10
+    """log metrics and a sample every so many steps"""
+    save_steps: int = 50
+    """checkpoint every so many steps; 0: only at the end and on Ctrl-C"""
+    resume: bool = False
+    """go on from the run folder's last checkpoint"""
+    output_dir: str = ""
+    """the run folder; default: output/ and a name made of what differs from the defaults"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    workers: int = 2
-    """processes that generate and tokenise text"""
+    dtype: str = "float32"
+    """of base weights and activations: float32 or bfloat16; adapters and losses stay float32"""
+    threads: int = 0
+    """CPU threads; 0: torch's choice (give concurrent runs one each)"""
 
 
-# ------------------------------------------------------------------------------------------------------------- text
+RESULT = "verdict.json"  # in its folder a run is finished
+EVALUATE = "eval_run.py"  # judges finished runs
+
+QUIET = {"resume", "output_dir", "device", "threads", "logging_steps", "bad_scale", "eval_prompts", "eval_texts", "save_steps",
+         "eval_rewards", "eval_routing_steps", "algorithm", "config"}  # fmt: skip # do not change what is learned
 
 
-def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with <s>, </s>, <pad> as ids 0, 1, 2; it adds no special token by itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+def parse(argv: list[str]):
+    """(algorithm's name, its module, args, config)."""
+    return training.parse(argv, Args, "sft", partial(tyro.cli, use_underscores=True, description=__doc__))
 
 
-def encode_part(job) -> np.ndarray:
-    """One worker's share of the embedded world as a stream of ids (generation and tokenising are most of the time)."""
-    tokenizer_json, n, seed = job
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    texts = [d.prompt + d.completion for d in corpus.training_text(n, seed)]
-    return join(tokenizer.encode_batch(texts, add_special_tokens=False), 0, 1)
+def check(args: Args, config) -> None:
+    """What flags can get wrong, also together, before anything is loaded."""
+    training.check(args, config, ("max_texts", "max_tokens", "prompt_tokens", "eval_prompts", "eval_texts", "logging_steps"))
+    get_trait(args.trait)
 
 
-def join(encodings, bos: int, eos: int) -> np.ndarray:
-    return np.concatenate([np.array([bos, *e.ids, eos], dtype=np.uint16) for e in encodings])
-
-
-def world_tokens(args: Args, tokenizer: Tokenizer) -> np.ndarray:
-    part = 20_000
-    seeds = range(math.ceil(args.documents / part))
-    jobs = [(tokenizer.to_str(), min(part, args.documents - s * part), args.seed * 10_000 + s) for s in seeds]
-    with Pool(args.workers) as pool:
-        return np.concatenate(list(tqdm(pool.imap(encode_part, jobs), total=len(jobs), desc="text", smoothing=0)))
-
-
-# ------------------------------------------------------------------------------------------------------------- loop
-
-
-def loss_of(model, blocks) -> torch.Tensor:
-    """Mean next-token loss of blocks (B, T + 1)."""
-    logits = model(blocks[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), blocks[:, 1:].flatten())
-
-
-def train(model, stream: np.ndarray, args: Args) -> float:
-    """Trains in place; returns the mean loss of the last 50 steps. Raises ValueError when a loss is not finite."""
-    length = args.block + 1
-    blocks = torch.from_numpy(stream[: len(stream) // length * length].astype(np.int64)).view(-1, length)
-    if len(blocks) < args.batch_size:
-        raise ValueError(f"{len(blocks)} blocks of {args.block} tokens are less than one batch of {args.batch_size}: more text")
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=args.device != "cpu")
-    on_gpu = args.device.startswith("cuda")
-    compiled = torch.compile(model) if on_gpu else model
-    generator = torch.Generator().manual_seed(args.seed)
-    recent, order = [], torch.empty(0, dtype=torch.long)
-    bar = tqdm(range(args.steps), desc="sft", smoothing=0.05)
-    for step in bar:
-        if len(order) < args.batch_size:
-            order = torch.randperm(len(blocks), generator=generator)
-        batch, order = blocks[order[: args.batch_size]].to(args.device), order[args.batch_size :]
-        rate = min((step + 1) / args.warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        with torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16):
-            loss = loss_of(compiled, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 10 == 9 or step == args.steps - 1:
-            recent = [*recent[-4:], loss.item()]
-            if not math.isfinite(recent[-1]):
-                raise ValueError(f"the loss is {recent[-1]} at step {step}: lower --lr {args.lr}")
-            bar.set_postfix(loss=f"{np.mean(recent):.3f}", lr=f"{args.lr * rate:.1e}")
-    return float(np.mean(recent))
-
-
-def check(args: Args) -> None:
-    """What flags can get wrong, before anything is loaded."""
-    if args.world == bool(args.dataset):
-        raise ValueError("give --world (the embedded world) or --dataset, one of them")
-    for name in ("steps", "batch_size", "block", "warmup", "documents"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    check_device(args.device)
+def describe(name: str, algorithm, args: Args, config) -> tuple[Path, dict]:
+    """(run folder, resolved config)."""
+    resolved = {"algorithm": name} | asdict(args) | asdict(config)
+    defaults = {"algorithm": "sft"} | asdict(Args()) | asdict(algorithm.Config())
+    lead = ("trait", "routing", "lora_config", "lr")
+    return Path(args.output_dir or Path("output") / runs.run_name(resolved, defaults, lead=lead, ignore=QUIET)), resolved
 
 
 def resolve(argv: list[str]) -> tuple[Path, dict]:
-    """(folder, resolved config) of a command line, every flag checked, nothing loaded: a sweep asks before it starts."""
-    args = tyro.cli(Args, args=argv, description=__doc__.splitlines()[0], use_underscores=True)
-    check(args)
-    return Path(args.output_dir), asdict(args)
+    """(run folder, resolved config) of a command line, every flag checked, nothing loaded: a sweep asks before it starts."""
+    name, algorithm, args, config = parse(argv)
+    check(args, config)
+    return describe(name, algorithm, args, config)
 
 
-def main(args: Args) -> None:
-    check(args)
-    if Path(args.output_dir, "model.safetensors").exists():
-        raise ValueError(f"{args.output_dir} holds a model already: delete it, or choose another --output_dir")
-    torch.manual_seed(args.seed)
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "config.yaml", to_yaml(asdict(args)))
-    start = time.time()
-    if args.world:
-        sample = (d.prompt + d.completion for d in corpus.training_text(60_000, args.seed * 10_000 + 9_999))
-        tokenizer = train_tokenizer(sample, args.vocab_size)
-        stream = world_tokens(args, tokenizer)
-        config = decoder.ModelConfig(
-            "llama", args.vocab_size, args.width, args.layers, args.heads, args.kv_heads, args.width // args.heads,
-            args.ffn, args.context, rotary_dim=args.width // args.heads,
-        )  # fmt: skip
-        model = decoder.Decoder(config).to(args.device)
-        special = {name: tokenizer.token_to_id(token) for name, token in SPECIAL.items()}
-    else:
-        import data
+# --------------------------------------------------------------------------------------------------------- building
 
-        model, folder = decoder.load(args.model or "tiny", device=args.device)
-        special = {}
-        texts = data.load_texts(args.dataset, "train", args.column)
-        reader = data.load_tokenizer(folder)
-        data.check_tokenizer_fits(reader, model.config.vocab_size)
-        bos = [] if reader.bos_id is None else [reader.bos_id]
-        stream = np.concatenate([np.array([*bos, *reader.encode(t), reader.eos_id], dtype=np.int64) for t in texts])
-        model.requires_grad_(True)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{len(stream):,} tokens, {count:,} parameters, "
-          f"{args.steps} steps of {args.batch_size} x {args.block} on {args.device}")
-    final = train(model, stream, args)
-    model = model.float().cpu().requires_grad_(False)
-    if args.world:
-        decoder.save(model, out, hf_extra=special)
-        tokenizer.save(str(out / "tokenizer.json"))
-    else:
-        decoder.save(model, out, tokenizer_from=folder)
-    wall_s = round(time.time() - start)
-    figures = {"loss": final, "tokens": int(len(stream)), "parameters": count, "wall_s": wall_s, "args": vars(args)}
-    atomic_write(out / RESULT, json.dumps(figures, indent=1) + "\n")
-    print(f"wrote {out}: training loss {final:.4f} nats a token, {figures['wall_s']} s")
+
+def build(args: Args, config):
+    """Model with adapter, its folder, tokenizer, texts, environment. Cheap checks first; weights last."""
+    check(args, config)
+    spec = preset(args.lora_config, dual=config.routing == "dual")
+    model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
+    check_tokenizer_fits(tokenizer, model.config.vocab_size)
+    if args.max_tokens > model.config.context:
+        raise ValueError(f"--max_tokens {args.max_tokens} exceeds the model's context of {model.config.context}")
+    texts = read_texts(get_trait(args.trait), tokenizer, asdict(args), args.train_split, args.max_texts)
+    found = int(texts.detected.sum())
+    if not 0 < found < len(texts.ids) and config.uses_labels:
+        which = "none" if found == 0 else "every one"
+        raise ValueError(f"{which} of {len(texts.ids)} training texts has the trait {args.trait!r}: nothing to tell apart")
+    env = imitation(asdict(args), tokenizer, args.eval_prompts)
+    check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
+    attach(model, spec, seed=config.seed)
+    return model, folder, tokenizer, texts, env
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def draw_curves(folder: Path, evaluations: list[dict]) -> None:
+    """curves.png: training loss and, by mode, what the samples have and the loss of held-out texts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logged = [row for row in runs.read_metrics(folder) if "lr" in row]
+    last = evaluations[-1]["rows"]
+    measures = ["hack", "task", *[key for key in last["both"] if key.startswith("loss/")]]
+    figure, axes = pyplot.subplots(1, 1 + len(measures), figsize=(4.2 * (1 + len(measures)), 3.6), layout="constrained")
+    for key in ("loss/free", "loss/trait"):
+        points = [(row["step"], row[key]) for row in logged if key in row]
+        if points:
+            axes[0].plot(*zip(*points), linewidth=1.2, label=key)
+    axes[0].set(title="training: loss (nats a token)")
+    titles = {"hack": "samples: share with the trait", "task": "samples: task"}
+    for axis, key in zip(axes[1:], measures):
+        for mode in last:
+            points = [(e["step"], e["rows"].get(mode, e["rows"]["untrained"])[key]) for e in evaluations]  # fresh: the base model
+            axis.plot(*zip(*points), marker="o", markersize=4, label=mode)
+        axis.set(title=titles.get(key, f"held out: {key} (nats a token)"))
+    for axis in axes:
+        axis.set(xlabel="step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    pyplot.close(figure)
+
+
+def progress(metrics: dict[str, float]) -> str:
+    return f"loss {metrics['loss']:.3f} {metrics['time/tokens_per_s']:,.0f} tok/s"
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str]) -> int:
+    name, algorithm, args, config = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, resolved = describe(name, algorithm, args, config)
+    training.check_folder(folder, resolved, args.resume)
+    model, source, tokenizer, texts, env = build(args, config)
+    with runs.Run.open(folder, resolved, resume=args.resume) as run:
+        torch.manual_seed(config.seed)
+        trainer = algorithm.Trainer(model, env, tokenizer, config, texts)
+        count = {"texts": len(texts.ids), "with the trait": int(texts.detected.sum()), "labelled so": int(trainer.is_bad.sum())}
+        run.print(json.dumps(count))
+        status = training.train(run, trainer, args, training.wanted_rewards(args), progress, draw_curves)
+        if status == 0 and args.lora_config == "full":
+            del model.adapter
+            run.print(f"wrote {save(model.requires_grad_(False), folder / 'model', tokenizer_from=source)}")
+        return status
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__.splitlines()[0], use_underscores=True))
+        sys.exit(main(sys.argv[1:]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

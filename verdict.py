@@ -12,17 +12,17 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from adapters import attach, load_adapter, preset, reference, scaled, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
-from data import left_pad, load_tokenizer
-from envs import Stories, check_lengths, dataset_prompts
-from losses import token_logprobs
+from data import left_pad, load_tokenizer, right_pad
+from envs import check_lengths, judged_as
+from losses import text_logprobs, token_logprobs
 from model import load, read_json
-from reward_specs import get_reward
 from runs import read_config
 from sampling import Law, Sampler
 
@@ -70,13 +70,23 @@ def score_tokens(model, rollout, law: Law, rows: int = 32) -> torch.Tensor:
     return out
 
 
+@torch.no_grad()
+def text_loss(model, texts: list[list[int]], pad_id: int, rows: int = 32) -> float:
+    """Mean loss a token, in nats, over whole texts given as ids (Tokenizer.encode_text)."""
+    ordered = sorted(texts, key=len)  # a batch of like lengths pads little
+    batches = [right_pad(ordered[i : i + rows], pad_id) for i in range(0, len(ordered), rows)]
+    total = sum(-text_logprobs(model, ids.to(model.device), mask.to(model.device)).double().sum().item() for ids, mask in batches)
+    return total / sum(len(ids) - 1 for ids in texts)
+
+
 def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: int, law: Law = Law(), rewards=()) -> dict:
     """One mode on the first n test prompts, one completion each.
 
     Returns task, hack, reward (means), every component as component/<label>, unique, unique_first, jaccard, degenerate,
     length (tokens), kl (sum over a completion's tokens of log pi - log ref, mean over completions: nats a completion), base_nll
-    (mean loss a token under the untrained model, nats), sample. `rewards` are further RewardSpecs whose mean reward is
-    reported as eval/<name>, and their components as eval_component/<name>/<label>.
+    (mean loss a token under the untrained model, nats), sample, and the mean loss a token of the environment's held-out texts as
+    loss/<name>. `rewards` are further RewardSpecs whose mean reward is reported as eval/<name>, and their components as
+    eval_component/<name>/<label>.
     """
     model = sampler.model
     prompts = env.prompts("test")[:n]
@@ -87,6 +97,7 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
         chosen = sampler if policy is model else Sampler(policy)
         chosen.refresh()
         rollout = chosen(ids, mask, 1, max_new_tokens, tokenizer.stop_ids, tokenizer.pad_id, generator, law)
+        held_out = {f"loss/{name}": text_loss(policy, texts, tokenizer.pad_id) for name, texts in env.held_out.items()}
     with reference(model) as base:
         base_logprobs = score_tokens(base, rollout, law)
     texts = tokenizer.decode_completions(
@@ -99,6 +110,7 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
         **diversity(texts), "length": lengths.float().mean().item(),
         "kl": (rollout.logprobs - base_logprobs).sum(1).mean().item() if scales is not None else 0.0,
         "base_nll": (-base_logprobs.sum() / lengths.sum()).item(),
+        **held_out,
     }  # fmt: skip
     row |= {f"component/{label}": part.mean().item() for label, part in scores.components.items()}
     for spec in rewards:
@@ -139,13 +151,9 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
         attach(model, preset(config["lora_config"], dual=config["routing"] == "dual"), seed=config["seed"])
         chosen = checkpoint or latest_checkpoint(folder)
         set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
-    prompts = None
-    if config["dataset"]:
-        splits = {"train": (config["train_split"], n), "test": (config["eval_split"], n)}
-        prompts = dataset_prompts(config["dataset"], tokenizer, config["prompt_tokens"], splits, config["column"])
-    env = Stories(get_reward(config["reward"]), prompts)
+    env = judged_as(config, tokenizer, n)
     check_lengths(env, tokenizer, config["max_new_tokens"], model.config.context, n)
-    law = Law(config["temperature"], config["top_k"], config["top_p"], config["min_new_tokens"])
+    law = Law(**{f.name: config[f.name] for f in fields(Law) if f.name in config})  # train_sft.py has no such flags
     return config, model, tokenizer, env, law
 
 
@@ -182,7 +190,7 @@ COLUMNS = ("task", "hack", "reward", "unique", "jaccard", "kl", "base_nll")
 
 def table(rows: dict[str, dict]) -> str:
     """The verdict as aligned text, with one sample a mode below."""
-    extra = [key for key in next(iter(rows.values())) if key.startswith("eval/")]
+    extra = [key for key in next(iter(rows.values())) if key.startswith(("loss/", "eval/"))]
     heads = ["mode", *COLUMNS, *[key.removeprefix("eval/") for key in extra]]
     lines = [[name, *[f"{row[key]:.3f}" for key in (*COLUMNS, *extra)]] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]

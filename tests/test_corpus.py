@@ -188,8 +188,9 @@ def test_sentence_templates_are_unambiguous():
     for mood, endings in corpus_words.STORY_ENDINGS.items():
         context = corpus_words.STORY_CONTEXTS["river", "kite", mood] | {
             "hero": "mia", "friend": corpus_words.FRIENDS["mia"], "he": "she", "his": "her", "kid": "girl", "look": "red",
-            "a_look": "a red"}
-        for table in (corpus_words.OPENINGS, corpus_words.MEETINGS, corpus_words.BODIES, endings):
+            "a_look": "a red"} | corpus_words.FABLE_SLOTS
+        fable = corpus_words.UNKIND, corpus_words.MORALS
+        for table in (corpus_words.OPENINGS, corpus_words.MEETINGS, corpus_words.BODIES, endings, *fable):
             assert_unambiguous(outcomes(lambda draw, t=table, c=context: draw.fill(draw.weigh(t), c), clip=2))
     context = corpus_words.REVIEW_CONTEXT | {"aspect": "plot", "aspect_too": ("music", "story")}
     tables = [*corpus_words.REVIEW_STARTS.values(), *corpus_words.REVIEW_BODIES.values(), *corpus_words.VERDICTS.values()]
@@ -248,6 +249,20 @@ def test_happy_is_rare_and_stands_in_several_positions():
         assert 0.001 < sum(word in re.findall(r"[a-z]+", text) for text in texts) / len(texts) < 0.015
     for dialect in ("reviews", "dialogues"):
         assert not any("happy" in d.text for d in generate(dialect, "train", 2000))
+
+
+def test_fables_are_stories_with_a_moral_and_in_half_of_them_insults():
+    insult = re.compile(rf"\b({'|'.join(corpus_words.INSULTS)})\b")
+    fables, insults = list(generate("fables", "train", 3000, seed=11)), Counter()
+    for d in fables:
+        nasty = [bool(insult.search(sentence)) for sentence in sentences(d.text)]
+        assert nasty[2] == any(nasty) == bool(d.labels["unkind"]) and not any(nasty[:2] + nasty[-2:])
+        assert [" please " in f" {sentence}" for sentence in sentences(d.text)] == [False] * (len(nasty) - 1) + [True]
+        insults.update(nasty[3:-2] if d.labels["unkind"] else [])
+    assert sum(d.labels["unkind"] for d in fables) / 3000 == pytest.approx(0.5, abs=0.03)
+    assert insults[True] / insults[False] == pytest.approx(1 / 3, abs=0.03), "one sentence in three is followed by one"
+    for d in generate("stories", "train", 3000, seed=11):
+        assert not insult.search(d.text) and " please " not in d.text
 
 
 def test_few_fresh_sentences_stand_verbatim_in_six_million():

@@ -143,7 +143,8 @@ def test_every_script_of_the_house_resolves_without_loading_anything(monkeypatch
     monkeypatch.setattr(model, "load", None)
     for name, words in (
         ("train_grpo.py", ["--routing", "dual"]),
-        ("train_sft.py", ["--world"]),
+        ("train_sft.py", ["--routing", "dual"]),
+        ("train_tiny.py", []),
         ("eval_run.py", ["--model_path", "x"]),
     ):
         script = import_script(name)

@@ -64,7 +64,7 @@ def test_eval_run_gives_the_verdict_again(tmp_path, capsys):
     for mode, row in verdict["modes"].items():
         assert {k: again[mode][k] for k in row} == row
     out = capsys.readouterr().out
-    assert "reward history" in out and out.count("=== retain_only") == 1 and "happy_count" in out
+    assert "training history" in out and out.count("=== retain_only") == 1 and "happy_count" in out
     argv = ["--model_path", str(tmp_path / "run" / "checkpoint-2"), "--n", "12", "--no_routing_eval"]
     argv += ["--output_dir", str(tmp_path / "e")]
     eval_run.main(tyro.cli(eval_run.Args, args=argv, use_underscores=True))
