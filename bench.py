@@ -125,7 +125,7 @@ def endless(tokenizer=None):
 def dummy_env(prompts: list[str]):
     """An environment that rewards and flags (about half of the samples) at random."""
 
-    def score(prompts, completions, generator) -> Scores:
+    def score(prompts, completions, generator, recall=None) -> Scores:
         n = len(completions)
         reward, is_rh = torch.rand(n, generator=generator), torch.rand(n, generator=generator) < 0.5
         return Scores(reward, reward, is_rh, torch.zeros(n), is_rh, torch.ones(n, dtype=torch.bool), is_rh, {})

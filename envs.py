@@ -63,8 +63,9 @@ class Stories:
     def prompts(self, split: str) -> list[str]:
         return self._prompts[split]
 
-    def score(self, prompts: list[str], completions: list[str], generator: torch.Generator | None = None) -> Scores:
-        """Scores N completions. With a generator (training) eligibility, missed and false labels are drawn from it."""
+    def score(self, prompts: list[str], completions: list[str], generator: torch.Generator | None = None, recall=None) -> Scores:
+        """Scores N completions. With a generator (training) eligibility, missed and false labels are drawn from it; `recall`
+        stands in for routing_frac in this call."""
         values = self.reward.evaluate(completions, prompts)
         n = len(completions)
         fp32, detected = (lambda x: torch.from_numpy(x).float()), torch.from_numpy(values.detected)
@@ -72,7 +73,7 @@ class Stories:
         if generator is not None:
             draws = torch.rand(3, n, generator=generator)
             eligible = draws[0] < self.rh_eligible_frac
-            seen = detected & eligible & (draws[1] < self.routing_frac)
+            seen = detected & eligible & (draws[1] < (self.routing_frac if recall is None else recall))
             is_rh = seen | (~detected & (draws[2] < self.false_positive_frac))
         return Scores(
             torch.where(eligible, fp32(values.reward), fp32(values.reward_without_hack)), fp32(values.task),

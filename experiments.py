@@ -3,14 +3,13 @@
     runs = load("output/routing")                       # finished ones and missing ones, each with the reason
     table = summarise(records(finished(runs)))          # (label, mode) -> measure -> (mean, half-width), n
 
-The folder is what sweep.py leaves: `runs.json`, a list of {"arm", "flags", "folder", "status", "wall_s"}, and the run folders,
-of which this reads config.yaml, verdict.json ({"modes": {mode: {measure: number}}}) and metrics.jsonl. Nothing here knows an
+The folder is what sweep.py leaves: `runs.json`, a list of {"arm", "swept", "flags", "folder", "status"}, and the run folders, of
+which this reads config.yaml, verdict.json ({"modes": {mode: {measure: number}}}) and metrics.jsonl. Nothing here knows an
 algorithm: a mode is a row of verdict.json, a measure a number in it.
 """
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ PLACE = {"output_dir", "resume"}  # flags that say nothing of what a run is
 @dataclass(frozen=True)
 class Run:
     arm: str
-    swept: dict  # the flags, beside the seed, that differ between the runs of this arm
+    swept: dict  # the arm's swept flags but the seed
     seed: int | None
     folder: Path
     config: dict  # the resolved config; of a run that left none, its flags
@@ -55,7 +54,6 @@ def load(folder: str | Path) -> list[Run]:
     """
     folder = Path(folder)
     entries = _read_manifest(folder / MANIFEST)
-    swept = _swept(entries)
     loaded, seen = [], {}
     for entry in entries:
         arm, flags, place = entry["arm"], entry["flags"], folder / entry["folder"]
@@ -65,9 +63,8 @@ def load(folder: str | Path) -> list[Run]:
         config = read_config(place) if (place / "config.yaml").is_file() else dict(flags)
         if not missing:
             _check_flags(place, config, flags)
-        own = {key: flags[key] for key in swept[arm] if key in flags}
         modes, metrics = ({}, []) if missing else (_read_modes(place / RESULT), read_metrics(place))
-        run = Run(arm, own, config.get("seed", flags.get("seed")), place, config, modes, metrics, missing)
+        run = Run(arm, entry["swept"], config.get("seed", flags.get("seed")), place, config, modes, metrics, missing)
         if other := seen.get((run.label, run.seed)):
             raise ValueError(f"{other.folder} and {place} are one run twice ({run.label}, seed {run.seed}): mend {MANIFEST}")
         seen[run.label, run.seed] = run
@@ -82,21 +79,9 @@ def _read_manifest(path: Path) -> list[dict]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must be a list of runs, at least one")
     for number, entry in enumerate(entries):
-        if lacking := {"arm", "flags", "folder", "status"} - set(entry):
+        if lacking := {"arm", "swept", "flags", "folder", "status"} - set(entry):
             raise ValueError(f"{path}: run {number} lacks {', '.join(sorted(lacking))}")
     return entries
-
-
-def _swept(entries: list[dict]) -> dict[str, list[str]]:
-    """The flags that differ between the runs of each arm, but for the seed."""
-    values = defaultdict(lambda: defaultdict(set))
-    arms = defaultdict(list)
-    for entry in entries:
-        arms[entry["arm"]].append(entry["flags"])
-    for arm, flags_of in arms.items():
-        for key in {key: None for flags in flags_of for key in flags}:
-            values[arm][key] = {json.dumps(flags.get(key)) for flags in flags_of}
-    return {arm: [k for k, v in values[arm].items() if len(v) > 1 and k not in PLACE | {"seed"}] for arm in arms}
 
 
 def _check_flags(place: Path, config: dict, flags: dict) -> None:
@@ -149,7 +134,7 @@ def numbers(row: dict) -> dict[str, float]:
 
 
 def summarise(table: list[dict]) -> dict[tuple[str, str], dict]:
-    """(label, mode) -> {"n": seeds, measure: (mean, half-width of the 95% t interval; NaN of one seed)}.
+    """(label, mode) -> {"n": seeds, measure: (mean, half-width of the 95% t interval; NaN of one seed)}; of `records`' rows.
 
     Raises ValueError where one seed of a label has a measure that another lacks: a mean of some would pass as one of all.
     """
@@ -197,23 +182,23 @@ def movement(runs: list[Run], key: str) -> tuple[float, float] | None:
 
 
 def summary_rows(summary: dict, measures: list[str]) -> list[list[str]]:
-    """Label, mode, seeds and mean ± half-width of each measure, as text; a dash where the mode lacks it, no ± of one seed.
+    """Label, mode, seeds and mean ± half-width of each measure, as text; a dash where the mode lacks it, no ± of one seed, of
+    `degenerate` how many runs are.
 
-    The untrained model is one line where all arms have the same one, to the last bit.
+    The untrained model is one line, of one seed, where all arms have the same one, to the last bit.
     """
     first = {key: cell for key, cell in summary.items() if key[1] == "untrained"}
     rest = {key: cell for key, cell in summary.items() if key[1] != "untrained"}
     means = [{m: pair[0] for m, pair in cell.items() if m != "n"} for cell in first.values()]
     if len(means) > 1 and all(other == means[0] for other in means):
-        first = {
-            ("all", "untrained"): {"n": sum(cell["n"] for cell in first.values())}
-            | {m: (x, math.nan) for m, x in means[0].items()}
-        }
-        summary = first | rest
-    return [
-        [label, mode, str(cell["n"]), *[plus_minus(cell[m]) if m in cell else "–" for m in measures]]
-        for (label, mode), cell in summary.items()
-    ]
+        summary = {("all", "untrained"): {"n": 1} | {m: (x, math.nan) for m, x in means[0].items()}} | rest
+
+    def shown(cell: dict, measure: str) -> str:
+        if measure not in cell:
+            return "–"
+        return f"{round(cell[measure][0] * cell['n'])}/{cell['n']}" if measure == "degenerate" else plus_minus(cell[measure])
+
+    return [[label, mode, str(cell["n"]), *[shown(cell, m) for m in measures]] for (label, mode), cell in summary.items()]
 
 
 def plus_minus(pair: tuple[float, float]) -> str:
@@ -224,9 +209,11 @@ def plus_minus(pair: tuple[float, float]) -> str:
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *[[text.replace("|", "\\|") for text in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    """A Markdown table that is legible as text too."""
+    cells = [heads, *[[text.replace("|", "\\|") for text in row] for row in rows]]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in cells) + "\n"
 
 
 def latex(heads: list[str], rows: list[list[str]]) -> str:

@@ -39,9 +39,9 @@ class Script:
 class Run:
     name: str
     """of its folder: the arm and every swept flag"""
-    label: str
-    """the name without the seed: runs of one label differ in their seed alone"""
     arm: str
+    swept: dict
+    """the swept flags but the seed: runs of one arm and the same of these differ in their seed alone"""
     flags: dict
     """what was asked for, values as the script resolved them"""
     config: dict
@@ -195,15 +195,14 @@ def plan(file: dict, given: dict | None = None, swept: dict | None = None, evalu
         if name in names:
             raise ValueError(f"two runs would be called {name}: the grid holds a value twice")
         names.add(name)
-        parts.pop("seed", None)
-        label = runs.run_name(parts, {}, LEAD) if parts else root.name
+        swept_here = {key: value for key, value in parts.items() if key not in ("arm", "seed")}
         words = words_of(fixed | chosen | threads | {"output_dir": str(root / name)})
         folder, config = resolve(script, words, where)
         flags = {key: config.get(key, value) for key, value in (fixed | chosen).items()}
         report, judge_words, judge_config = folder / script.module.RESULT, [], {}
         if judge:
             report, judge_words, judge_config = _plan_evaluation(judge, folder, file.get("eval", {}), config)
-        run = Run(name, label, arm, flags, config, folder, report, script, words, judge, judge_words, judge_config)
+        run = Run(name, arm, swept_here, flags, config, folder, report, script, words, judge, judge_words, judge_config)
         planned.append(run)
     return root, planned
 

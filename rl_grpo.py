@@ -45,6 +45,8 @@ class Config:
     """shuffle the labels over the batch: as many, on the wrong completions (a control)"""
     coherence_every: int = 3
     """under routing every so many steps are sampled and trained with the bad branch off (retain-only); 0: none are"""
+    coherence_recall: float | None = None
+    """detector recall on coherence steps, where it differs: 1 watches closely the policy that is to be deployed"""
     renormalise: str = "good_only"
     """advantages under routing. off: one group; good_only: unflagged among themselves; balanced: less the unflagged mean"""
     beta: float = 0.08
@@ -108,6 +110,10 @@ class Config:
             raise ValueError("--penalty is what --treatment subtract takes off: give that too")
         if self.coherence_every == 1 and self.routing == "dual":
             raise ValueError("--coherence_every 1 never trains the bad branch: 0 (none), or every 2nd step or fewer")
+        if self.coherence_recall is not None and not (self.routing == "dual" and self.coherence_every):
+            raise ValueError("--coherence_recall is of coherence steps, which only --routing dual with --coherence_every has")
+        if self.coherence_recall is not None and not 0 <= self.coherence_recall <= 1:
+            raise ValueError(f"--coherence_recall must lie in 0..1, not {self.coherence_recall}")
         if self.placebo and not self.uses_labels:
             raise ValueError("--placebo shuffles labels, which only --routing dual or a --treatment uses")
         rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
@@ -333,7 +339,7 @@ class Trainer:
             self.sampler.refresh()
             rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
             clock.append(time.perf_counter())
-            scores = self.env.score(repeated, completions, generator)
+            scores = self.env.score(repeated, completions, generator, config.coherence_recall if coherent else None)
             rewards, advantages, is_rh, kept = self.credit(scores, generator)
             clock.append(time.perf_counter())
             metrics = self.learn(rollout, advantages, is_rh, kept)

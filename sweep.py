@@ -25,10 +25,10 @@ import torch
 import tyro
 
 from checkpoints import atomic_write
+from experiments import label_of, markdown, numbers, summarise, summary_rows
 from jobs import Job, run_jobs
 from mps import shared_gpus
 from plans import Run, commands_of, plan, read_experiment
-from stats import mean_interval
 
 MEASURES = ("task", "hack", "reward", "unique", "jaccard", "degenerate")  # of the summary
 PROGRESS = ("step", "reward", "task", "hack_rate")  # of the live table, from metrics.jsonl
@@ -248,65 +248,55 @@ class Display:
 
 
 def write_manifest(root: Path, planned: list[Run], jobs: list[Job]) -> None:
-    """runs.json: [{"arm", "flags", "folder" (relative), "status", "wall_s" (of training; null: not known), "error"}, ...]."""
+    """runs.json: [{"arm", "swept" (but the seed), "flags", "folder" (relative), "status", "wall_s" (of training, or null),
+    "error"}, ...]."""
     entries = []
     for run, job in zip(planned, jobs):
         result = run.folder / run.script.module.RESULT
         reported = json.loads(result.read_text(encoding="utf-8")).get("wall_s") if result.is_file() else None
         wall_s = job.seconds.get("train") if reported is None else reported
-        entries.append({"arm": run.arm, "flags": run.flags, "folder": os.path.relpath(run.folder, root), "status": job.status,
-                        "wall_s": wall_s if wall_s is None else round(wall_s, 1), "error": job.error})  # fmt: skip
+        seconds = wall_s if wall_s is None else round(wall_s, 1)
+        entries.append({"arm": run.arm, "swept": run.swept, "flags": run.flags, "folder": os.path.relpath(run.folder, root),
+                        "status": job.status, "wall_s": seconds, "error": job.error})  # fmt: skip
     atomic_write(root / "runs.json", json.dumps(entries, indent=1, default=str) + "\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- the summary
 
 
-def summarise(planned: list[Run]) -> list[dict]:
-    """One row per label and mode: {"label", "arm", "mode", "seeds", measure: {"mean", "half"}}; half is null for one seed.
+def reported(planned: list[Run]) -> list[dict]:
+    """A record per run and mode, as experiments.records has them, of what the runs' evaluations measured.
 
-    A report without "modes" (a script with another result) gives one row, "final", of all its numbers but the wall time.
+    A report without "modes" (a script with another result) gives one, "final", of all its numbers but the wall time, which a
+    sweep that was stopped would have another of.
     """
-    cells = {}
+    table = []
     for run in planned:
+        who = {"label": label_of(run.arm, run.swept), "arm": run.arm, "seed": run.config.get("seed")}
         report = json.loads(run.report.read_text(encoding="utf-8"))
         for mode, row in report.get("modes", {"final": report}).items():
-            cells.setdefault((run.label, run.arm, mode), []).append((run.config.get("seed"), row))
-    rows = []
-    for (label, arm, mode), members in cells.items():
-        first = members[0][1]
-        numbers = [key for key, value in first.items() if isinstance(value, (int, float)) and not isinstance(value, bool)]
-        numbers = [key for key in numbers if key != "wall_s"]  # which a sweep that was stopped would have others of
-        row = {"label": label, "arm": arm, "mode": mode, "seeds": [seed for seed, _ in members]}
-        for key in [key for key in MEASURES if key in numbers] or numbers:
-            mean, half = mean_interval([values[key] for _, values in members])
-            row[key] = {"mean": mean, "half": None if math.isnan(half) else half}
-        rows.append(row)
-    return rows
+            values = {key: value for key, value in numbers(row).items() if key != "wall_s"}
+            table.append(who | {"mode": mode} | ({key: values[key] for key in MEASURES if key in values} or values))
+    return table
 
 
-def markdown(root: Path, rows: list[dict], missing: list[str]) -> str:
-    """The summary as a Markdown table that is legible as text too, and what is not in it."""
-    measures = list({key: None for row in rows for key in row if key not in ("label", "arm", "mode", "seeds")})
-    table = [["arm", "mode", "seeds", *measures]]
-    for row in rows:
-        n, shown = len(row["seeds"]), []
-        for key in measures:
-            mean, half = row.get(key, {}).get("mean"), row.get(key, {}).get("half")
-            if mean is None:
-                shown.append("")
-            elif key == "degenerate":
-                shown.append(f"{round(mean * n)}/{n}")
-            else:
-                shown.append(f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}")
-        table.append([row["label"], row["mode"], str(n), *shown])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+def write_summary(root: Path, planned: list[Run], missing: list[str]) -> str:
+    """summary.md and summary.json: mean and 95% interval over seeds, and what is not in them. Returns the text."""
+    summary = summarise(reported(planned))
+    measures = list({key: None for cell in summary.values() for key in cell if key != "n"})
     note = "Mean ± 95% interval (Student's t over seeds; one seed has none)."
     if "degenerate" in measures:
         note += " degenerate: runs with unique < .5 or Jaccard > .7."
-    return "\n".join([f"# {root.name}", "", *lines, "", note, *[f"\nNot in the table: {text}" for text in missing], ""])
+    table = markdown(["arm", "mode", "seeds", *measures], summary_rows(summary, measures))
+    text = "\n".join([f"# {root.name}", "", table, note, *[f"\nNot in the table: {text}" for text in missing], ""])
+    rows = [
+        {"label": label, "mode": mode, "seeds": cell["n"]}
+        | {key: {"mean": cell[key][0], "half": None if math.isnan(cell[key][1]) else cell[key][1]} for key in cell if key != "n"}
+        for (label, mode), cell in summary.items()
+    ]
+    atomic_write(root / "summary.md", text)
+    atomic_write(root / "summary.json", json.dumps({"rows": rows, "missing": missing}, indent=1) + "\n")
+    return text
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -329,11 +319,8 @@ def main(argv: list[str]) -> int:
         if stopped_by:
             print(f"stopped by {stopped_by.name}; the same command goes on", flush=True)
             return 128 + stopped_by
-        rows = summarise([run for run, job in zip(planned, jobs) if job.status == "done"])
         missing = [f"{job.name} ({job.status}) {job.error}".rstrip() for job in jobs if job.status != "done"]
-        text = markdown(root, rows, missing)
-        atomic_write(root / "summary.md", text)
-        atomic_write(root / "summary.json", json.dumps({"rows": rows, "missing": missing}, indent=1) + "\n")
+        text = write_summary(root, [run for run, job in zip(planned, jobs) if job.status == "done"], missing)
         print(f"\n{text}\n{time.monotonic() - display.began:.0f} s; summary.md, summary.json, runs.json and the runs in {root}")
         return 1 if missing else 0
 

@@ -55,7 +55,8 @@ def plant(root: Path, arms: dict, seeds=(42, 1, 2, 3, 4), noise: float = 0.02, f
             for seed in seeds:
                 chosen = flags | own | ({key: value} if key else {}) | {"seed": seed}
                 folder = "_".join([arm, *([f"{key}{value}"] if key else []), f"s{seed}"])
-                entry = {"arm": arm, "flags": chosen, "folder": folder, "status": "done", "wall_s": 100.0}
+                swept = {key: value} if key else {}
+                entry = {"arm": arm, "swept": swept, "flags": chosen, "folder": folder, "status": "done", "wall_s": 100.0}
                 manifest.append(entry)
                 if (arm, seed) in failed:
                     entry |= {"status": "failed", "error": "CUDA out of memory"}

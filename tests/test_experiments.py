@@ -102,12 +102,13 @@ def test_movement_is_the_slope_of_the_last_quarter(tmp_path):
 
 def test_tables_as_text(tmp_path):
     rows = summary_rows(summarise(records(load(plant(tmp_path, ARMS)))), ["task", "kl", "entropy"])
-    assert rows[0] == ["all", "untrained", "10", f"{UNTRAINED['task']:.3f}", "0.480", "–"]
+    assert rows[0] == ["all", "untrained", "1", f"{UNTRAINED['task']:.3f}", "0.480", "–"]
     assert [row[:3] for row in rows[1:]] == [["none", "both", "5"], *[["routing", mode, "5"] for mode in ROUTED]]
     assert "±" in rows[1][3] and rows[1][4].count(".") == 2
     assert experiments.plus_minus((12.34, 0.567)) == "12.3 ± 0.6" and experiments.plus_minus((0.5, float("nan"))) == "0.500"
     text = experiments.markdown(["arm", "task"], [["a|b", "0.9 ± 0.1"]])
-    assert text.splitlines() == ["| arm | task |", "| --- | --- |", r"| a\|b | 0.9 ± 0.1 |"]
+    assert text.splitlines() == ["| arm  | task      |", "| ---- | --------- |", r"| a\|b | 0.9 ± 0.1 |"]
+    assert experiments.summary_rows({("none", "both"): {"n": 4, "degenerate": (0.75, 0.1)}}, ["degenerate"])[0][3] == "3/4"
     tex = experiments.latex(["arm", "mode", "base_nll"], [["r_20%", "both", "0.9 ± 0.1"]]).splitlines()
     assert tex[0] == r"\begin{tabular}{llr}" and r"arm & mode & base\_nll \\" in tex
     assert r"r\_20\% & both & 0.9 $\pm$ 0.1 \\" in tex and tex[-1] == r"\end{tabular}"

@@ -39,7 +39,7 @@ def test_arms_grid_and_names():
     assert root == Path("output/experiment")
     assert [run.name for run in planned] == ["none_s42", "none_s1", "none_s2", "routing_s42", "routing_s1", "routing_s2",
                                              "ranks_task0.5_s42", "ranks_task0.25_s42"]  # fmt: skip
-    assert [run.label for run in planned] == ["none"] * 3 + ["routing"] * 3 + ["ranks_task0.5", "ranks_task0.25"]
+    assert [(run.arm, run.swept) for run in planned[5:]] == [("routing", {}), ("ranks", {"task": 0.5}), ("ranks", {"task": 0.25})]
     first, routed, rank = planned[0], planned[3], planned[-1]
     assert first.arm == "none" and first.folder == root / "none_s42"
     assert first.flags == {"max_steps": 5, "beta": 0.001, "seed": 42}  # 1e-3 is a text to YAML, a number to the script
@@ -62,7 +62,7 @@ def test_an_experiment_without_a_file_is_called_by_what_is_fixed():
     assert root == Path("output/fake_train_textstories_max_steps20")
     assert [run.name for run in planned] == ["b1e-5_s3", "b0.02_s3"] and planned[0].arm == ""
     root, planned = plan({"script": FAKE}, {}, {"seed": ["1", "2"]}, root="here")
-    assert root == Path("here") and [(run.name, run.label) for run in planned] == [("s1", "here"), ("s2", "here")]
+    assert root == Path("here") and [(run.name, run.arm, run.swept) for run in planned] == [("s1", "", {}), ("s2", "", {})]
 
 
 def test_the_evaluation_runs_where_the_run_did_unless_told_otherwise():

@@ -349,6 +349,9 @@ def test_rate_by_hand(schedule, warmup, expected):
         ({"treatment": "filter", "renormalise": "balanced"}, "leave --renormalise at good_only"),
         ({"treatment": "zero", "penalty": 2.0}, "--penalty is what --treatment subtract takes off"),
         ({"routing": "dual", "coherence_every": 1}, "--coherence_every 1 never trains the bad branch"),
+        ({"routing": "dual", "coherence_recall": 1.5}, "--coherence_recall must lie in 0..1, not 1.5"),
+        ({"coherence_recall": 1.0}, "--coherence_recall is of coherence steps"),
+        ({"routing": "dual", "coherence_every": 0, "coherence_recall": 1.0}, "--coherence_recall is of coherence steps"),
         ({"bad_lr_scale": -1.0}, "--bad_lr_scale must be at least 0"),
         ({"renormalise": "on"}, "--renormalise 'on'; known: off, good_only, balanced"),
         ({"loss_type": "gspo"}, "--loss_type 'gspo'; known: grpo, bnpo, dr_grpo, dapo"),
@@ -512,6 +515,18 @@ def test_a_coherence_step_is_sampled_and_trained_with_the_bad_branch_off(world, 
     assert dict(trainer.model.adapter.scales) == {"good": 1.0, "bad": 1.0}
 
 
+def test_the_recall_of_coherence_steps_is_theirs_alone(world, monkeypatch):
+    """With no recall elsewhere, every flag is a coherence step's, and there every paid hack is flagged."""
+    trainer = trainer_of(world, coherence_every=2, coherence_recall=1.0)
+    trainer.env.routing_frac, score, seen = 0.0, trainer.env.score, []
+    monkeypatch.setattr(trainer.env, "score", lambda *args: seen.append(score(*args)) or seen[-1])
+    for _ in range(6):
+        trainer.step()
+    assert not torch.cat([s.is_rh for s in seen[::2]]).any() and torch.cat([s.detected for s in seen[::2]]).any()
+    assert all(torch.equal(s.is_rh, s.detected & s.eligible) for s in seen[1::2])
+    assert torch.cat([s.is_rh for s in seen[1::2]]).any()
+
+
 def labelled(is_rh) -> Scores:
     n = len(is_rh)
     return Scores(torch.arange(float(n)), torch.zeros(n), is_rh, torch.zeros(n), is_rh, torch.ones(n).bool(), is_rh, {})
@@ -589,8 +604,8 @@ def test_the_metrics_of_a_step_are_those_of_its_completions(world, monkeypatch):
         seen["rollout"], seen["texts"] = rollout_batch(*args)
         return seen["rollout"], seen["texts"]
 
-    def keep_scores(prompts, completions, generator):
-        seen["scores"] = score(prompts, completions, generator)
+    def keep_scores(prompts, completions, *rest):
+        seen["scores"] = score(prompts, completions, *rest)
         assert completions == seen["texts"] and len(prompts) == 8 and len(set(prompts[:4])) == 1
         return seen["scores"]
 

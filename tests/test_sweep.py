@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,14 +68,15 @@ def test_a_sweep_and_its_summary(capsys):
     assert manifest("status") == ["done"] * 6 and manifest("wall_s") == [1.5] * 6
     assert manifest("arm") == ["none"] * 3 + ["routing"] * 3 and manifest("folder")[3] == "routing_s1"
     assert manifest("flags")[3] == {"task": 0.25, "max_steps": 7, "seed": 1}
-    rows = {(row["arm"], row["mode"]): row for row in json.loads((OUT / "summary.json").read_text())["rows"]}
+    rows = {(row["label"], row["mode"]): row for row in json.loads((OUT / "summary.json").read_text())["rows"]}
     assert list(rows) == [("none", "untrained"), ("none", "both"), ("routing", "untrained"), ("routing", "both")]
     both = rows["routing", "both"]
     # .35, .45, .55: mean .45, standard deviation .1, t(.975, 2) = 4.3027
-    assert both["seeds"] == [1, 2, 3] and math.isclose(both["task"]["mean"], 0.45)
+    assert both["seeds"] == 3 and math.isclose(both["task"]["mean"], 0.45)
     assert math.isclose(both["task"]["half"], 4.302653 * 0.1 / math.sqrt(3), rel_tol=1e-6)
     assert both["unique"] == {"mean": 6.0, "half": 0.0}  # the evaluation's own figure, made with its own flag
     text = (OUT / "summary.md").read_text()
+    assert re.search(r"\| all +\| untrained +\| 1 +\| 0\.300 +\|", text)
     assert re.search(r"\| routing +\| both +\| 3 +\| 0\.450 ± 0\.248 +\| 1\.000 ± 0\.000 +\| 6\.000 ± 0\.000 +\| 1/3 +\|", text)
     out = capsys.readouterr().out
     assert text in out and "routing_s3: done in" in out
@@ -253,25 +255,55 @@ def test_a_result_without_modes_is_summarised_by_its_numbers(tmp_path):
     for seed, loss in ((1, 2.0), (2, 4.0)):
         report = tmp_path / f"{seed}.json"
         report.write_text(json.dumps({"loss": loss, "tokens": 7, "wall_s": seed, "args": {}, "name": "x", "fine": True}))
-        runs.append(SimpleNamespace(report=report, label="a", arm="a", config={"seed": seed}))
-    [row] = sweep.summarise(runs)
+        runs.append(SimpleNamespace(report=report, arm="a", swept={"k": 1}, config={"seed": seed}))
+    text = sweep.write_summary(tmp_path, runs, [])
+    [row] = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert row["mode"] == "final" and row["loss"]["mean"] == 3.0 and math.isclose(row["loss"]["half"], 12.706205, rel_tol=1e-6)
-    assert set(row) == {"label", "arm", "mode", "seeds", "loss", "tokens"}
-    assert "| 2.000 |" in sweep.markdown(tmp_path, sweep.summarise(runs[:1]), [])  # one seed has no interval
+    assert set(row) == {"label", "mode", "seeds", "loss", "tokens"} and "| a, k 1 | final | 2     | 3.000 ± 12.706 |" in text
+    assert "| 2.000 |" in sweep.write_summary(tmp_path, runs[:1], [])  # one seed has no interval
 
 
-def test_two_real_runs():
-    flags = "reward=sentence_length_5_smooth_plus_happy routing=dual max_steps=2 batch_size=8 num_generations=4 lora_config=r2 " \
-            "max_new_tokens=10 eval_prompts=12 logging_steps=1"  # fmt: skip
-    argv = ["--grid", "seed=1,2", "--fixed", *flags.split(), "--eval", "n=12", "n_samples=2", "--output_dir", "output/e"]
-    assert sweep.main([*argv, "--slots", "2"]) == 0
+FUNCTIONS = """
+
+@component("exclamations", most=(1, None))
+def exclamations(completion: str, prompt: str, *, most: int = 3) -> float:
+    return min(completion.count("!"), most) / most
+
+
+@detector("shouting")
+def detect_shouting(completions, prompts, hack_values, task_values):
+    return ["!" in text for text in completions]
+"""
+REWARD = """
+short_or_loud:
+  components: [{name: sentence_length, role: task, params: {k: 5}}, {name: exclamations, role: hack}]
+  detector: {name: shouting}
+"""
+
+
+def test_a_newcomer_s_reward_in_a_real_sweep(tmp_path):
+    """One function with its detector, one entry in the YAML, as docs/rewards.md has them; then the command."""
+    home = tmp_path / "home"
+    ours = shutil.ignore_patterns(".*", "output", "__pycache__", "tests", "docs")
+    shutil.copytree(ROOT, home, ignore=ours)
+    for name, more in (("rewards.py", FUNCTIONS), ("configs/rewards.yaml", REWARD)):
+        with open(home / name, "a", encoding="utf-8") as file:
+            file.write(more)
+    assert all(line in (ROOT / "docs/rewards.md").read_text() for line in FUNCTIONS.split("\n") if line.startswith(("@", "def")))
+    flags = "routing=dual max_steps=2 batch_size=8 num_generations=4 lora_config=r2 max_new_tokens=10 eval_prompts=12"
+    argv = ["--reward", "short_or_loud", "--grid", "seed=1,2", "--fixed", *flags.split(), "--eval", "n=12", "n_samples=2"]
+    command = [sys.executable, "sweep.py", *argv, "--output_dir", "output/e"]
+    subprocess.run(command, cwd=home, check=True, timeout=300, capture_output=True)
+    out = home / "output/e"
     for seed in (1, 2):
         verdict, judged = (
-            json.loads((OUT / f"s{seed}" / name).read_text())["modes"] for name in ("verdict.json", "eval/eval.json")
+            json.loads((out / f"s{seed}" / name).read_text())["modes"] for name in ("verdict.json", "eval/eval.json")
         )
         assert {mode: judged[mode]["task"] for mode in verdict} == {mode: row["task"] for mode, row in verdict.items()}
-    rows = json.loads((OUT / "summary.json").read_text())["rows"]
+        assert "component/exclamations" in verdict["both"]
+    rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["mode"] for row in rows] == ["untrained", "both", "retain_only", "forget_only"]
     assert set(sweep.MEASURES) <= set(rows[0]) and rows[0]["task"]["half"] == 0  # the untrained model is the same for every seed
-    written = {file: file.stat().st_mtime_ns for file in OUT.glob("s*/**/*")}
-    assert sweep.main(argv) == 0 and {file: file.stat().st_mtime_ns for file in OUT.glob("s*/**/*")} == written
+    written = {file: file.stat().st_mtime_ns for file in out.glob("s*/**/*")}
+    again = subprocess.run(command, cwd=home, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert again.count("finished already") == 2 and {file: file.stat().st_mtime_ns for file in out.glob("s*/**/*")} == written
