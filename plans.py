@@ -127,9 +127,11 @@ def import_script(name: str, beside: Path | None = None) -> Script:
         raise ValueError(f"script {name}: no such file")
     if (own := str(path.resolve().parent)) not in sys.path:
         sys.path.insert(0, own)  # where Python looks when it runs the script
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = sys.modules.get(path.stem)
+    if module is None or Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     if not hasattr(module, "resolve") or not hasattr(module, "RESULT"):
         raise ValueError(f"script {name} lacks resolve(argv) or RESULT, by which a sweep knows its runs (docs/sweep.md)")
     return Script(path, module)

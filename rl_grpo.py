@@ -120,6 +120,9 @@ class Config:
         for name in (*rates, "micro_batch_size", "warmup_steps", "coherence_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("routing_mode", "bad_lr_scale", "coherence_every", "renormalise") if self.routing == "none" else ():
+            if getattr(self, name) != getattr(Config, name):
+                raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
         self.law()
 
     @property

@@ -87,6 +87,9 @@ def parse(argv: list[str]):
 
 def check(args: Args, config) -> None:
     """What flags can get wrong, also together, before anything is loaded."""
+    for name in ("routing_frac", "false_positive_frac"):
+        if getattr(args, name) != getattr(Args, name) and not config.uses_labels:
+            raise ValueError(f"--{name} thins labels, which only --routing dual or a --treatment uses")
     training.check(args, config, ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"))
     reward = get_reward(args.reward)
     if config.uses_labels and reward.detector is None:
@@ -125,6 +128,7 @@ def build(args: Args, config):
         prompts = dataset_prompts(args.dataset, tokenizer, args.prompt_tokens, splits, args.column)
     env = Stories(get_reward(args.reward), prompts, args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
+    training.check_prompts(env)
     attach(model, spec, seed=config.seed)
     return model, tokenizer, env, training.wanted_rewards(args)
 

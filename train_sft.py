@@ -123,6 +123,7 @@ def build(args: Args, config):
         raise ValueError(f"{which} of {len(texts.ids)} training texts has the trait {args.trait!r}: nothing to tell apart")
     env = imitation(asdict(args), tokenizer, args.eval_prompts)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
+    training.check_prompts(env)
     attach(model, spec, seed=config.seed)
     return model, folder, tokenizer, texts, env
 

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 
 import yaml
@@ -27,47 +27,54 @@ from adapters import export_peft, preset, save_adapter
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from reward_specs import get_reward
-from verdict import evaluate_modes, modes_of, numbers_of, table
+from verdict import evaluate_modes, modes_of, numbers_of, samples, table
 
 # ------------------------------------------------------------------------------------------------------------ flags
 
 
-def parse(argv: list[str], Args, algorithm: str, cli):
-    """(algorithm's name, its module, args, config); the flags are the fields of Args and of the algorithm's Config.
+@dataclass
+class Source:
+    """What decides which other flags there are, and their defaults."""
 
-    `algorithm` is the default one; `cli` turns a dataclass, words and defaults (of --config FILE) into values: tyro.cli.
+    algorithm: str = ""
+    """a file beside the script, without its .py: your copy of the default one, whose Config adds its fields to the flags"""
+    config: str = ""
+    """a YAML file that maps flags to values; flags on the command line win over it"""
+
+
+def parse(argv: list[str], Args, algorithm: str, cli):
+    """(algorithm's name, its module, args, config); the flags are the fields of Source, Args and the algorithm's Config.
+
+    `algorithm` is the default one; `cli` turns a dataclass, words and defaults into values: tyro.cli.
     Raises ValueError for an unknown algorithm, or a file with unknown keys.
     """
-    early, rest = {"--algorithm": algorithm, "--config": ""}, []
-    words = iter(argv)
+    early, words = Source(algorithm), iter(argv)
     for word in words:
         name, _, value = word.partition("=")
-        if name in early:
-            early[name] = value or next(words, "")
-        else:
-            rest.append(word)
+        if name in ("--algorithm", "--config"):
+            setattr(early, name[2:], value or next(words, ""))
     try:
-        module = importlib.import_module(early["--algorithm"])
+        module = importlib.import_module(early.algorithm)
     except ModuleNotFoundError as error:
-        wrong = f"unknown --algorithm {early['--algorithm']!r}"
+        wrong = f"unknown --algorithm {early.algorithm!r}"
         raise ValueError(f"{wrong}: no such module beside {algorithm}.py ({error})") from error
     if not hasattr(module, "Config") or not hasattr(module, "Trainer"):
-        raise ValueError(f"--algorithm {early['--algorithm']!r} has no Config and Trainer: copy {algorithm}.py to start one")
+        raise ValueError(f"--algorithm {early.algorithm!r} has no Config and Trainer: copy {algorithm}.py to start one")
     wanted, given = (list(inspect.signature(m.Trainer).parameters) for m in (importlib.import_module(algorithm), module))
     if given != wanted:
-        raise ValueError(f"--algorithm {early['--algorithm']!r} is another script's: its Trainer takes {given}, not {wanted}")
+        raise ValueError(f"--algorithm {early.algorithm!r} is another script's: its Trainer takes {given}, not {wanted}")
     # Config checks itself when it is built below, where its errors are ours to print
-    flags = make_dataclass("Flags", [], bases=(Args, module.Config), namespace={"__post_init__": lambda self: None})
-    defaults = {}
-    if early["--config"]:
-        path = Path(early["--config"])
+    flags = make_dataclass("Flags", [], bases=(Args, module.Config, Source), namespace={"__post_init__": lambda self: None})
+    defaults = asdict(early)
+    if early.config:
+        path = Path(early.config)
         if not path.is_file():
             raise ValueError(f"--config {path}: no such file")
-        defaults = read_defaults(path, {f.name: f.type for f in fields(flags)})
-    values = asdict(cli(flags, args=rest, default=flags(**defaults)))
+        defaults |= read_defaults(path, {f.name: f.type for kind in (Args, module.Config) for f in fields(kind)})
+    values = asdict(cli(flags, args=argv, default=flags(**defaults)))
     args = Args(**{f.name: values[f.name] for f in fields(Args)})
     config = module.Config(**{f.name: values[f.name] for f in fields(module.Config)})
-    return early["--algorithm"], module, args, config
+    return early.algorithm, module, args, config
 
 
 def read_defaults(path: Path, types: dict) -> dict:
@@ -115,6 +122,13 @@ def wanted_rewards(args) -> list:
     return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
 
 
+def check_prompts(env) -> None:
+    """Raises ValueError for a prompt that the reward can't read, before a run folder is made."""
+    for split in ("train", "test"):
+        prompts = env.prompts(split)
+        env.score(prompts, [""] * len(prompts))
+
+
 def check_folder(folder: Path, resolved: dict, resume: bool) -> None:
     """Raises ValueError unless a run can start in this folder or, with `resume`, go on there."""
     if folder.exists() and not folder.is_dir():
@@ -152,7 +166,7 @@ def evaluate_now(run, step: int, trainer, args, modes: dict, rewards) -> dict:
     sizes = args.eval_prompts, config.max_new_tokens
     rows = evaluate_modes(trainer.sampler, trainer.env, trainer.tokenizer, modes, *sizes, config.law(), rewards)
     rows = numbers_of(rows)
-    run.print(f"\n== {args.eval_prompts} test prompts @ {step} ==\n{table(rows)}\n")
+    run.print(f"\n== {args.eval_prompts} test prompts @ {step} ==\n{table(rows)}\n\n{samples(rows)}\n")
     run.log(step, {f"{mode}/{k}": v for mode, row in rows.items() for k, v in row.items() if isinstance(v, float)})
     return {"step": step, "rows": rows}
 

@@ -1,7 +1,7 @@
 """The verdict: what the model does with each branch on or off, on fixed prompts, judged by the true measures.
 
     rows = evaluate_modes(sampler, env, tokenizer, modes_of(model, bad_scale=0), n=256, max_new_tokens=64)
-    print(table(rows))
+    print(table(rows), samples(rows), sep="\n\n")
     config, model, tokenizer, env, law = load_run("output/RUN", n=256)      # a finished run put together again
     curve = bad_scale_rows("output/RUN", [0, 0.25, 0.5, 0.75, 1])           # a row a scale of the bad branch
 
@@ -23,6 +23,7 @@ from data import left_pad, load_tokenizer, right_pad
 from envs import check_lengths, judged_as
 from losses import text_logprobs, token_logprobs
 from model import load, read_json
+from reward_specs import describe, get_reward, get_trait
 from runs import read_config
 from sampling import Law, Sampler
 
@@ -161,8 +162,8 @@ def bad_scale_rows(folder: str | Path, scales=(), device: str = "cpu") -> dict[f
     """Rows of `evaluate` with the good branch on and the bad one at each scale, on the prompts and random numbers of the run's
     own verdict: 0 gives its retain_only, 1 its both.
 
-    Rows are kept in the run's bad_scales.json beside a hash of adapter and config; what is there is not evaluated again, and
-    without `scales` only read. Rows of another adapter or config are dropped. Returns all of them by ascending scale.
+    Rows are kept in the run's bad_scales.json beside a hash of adapter, config and reward; what is there is not evaluated again,
+    and without `scales` only read. Rows of another adapter, config or reward are dropped. Returns all of them by ascending scale.
     """
     folder = Path(folder)
     cache, files = folder / "bad_scales.json", [folder / "config.yaml", folder / "adapter.safetensors"]
@@ -170,12 +171,14 @@ def bad_scale_rows(folder: str | Path, scales=(), device: str = "cpu") -> dict[f
         return {}
     if absent := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} holds no {absent[0]}: there is no finished run to scale the bad branch of")
-    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    config = read_config(folder)
+    judged = describe(get_trait(config["trait"]) if "trait" in config else get_reward(config["reward"]))
+    source = hashlib.sha256(b"".join([*[file.read_bytes() for file in files], judged.encode()])).hexdigest()
     kept = json.loads(cache.read_text()) if cache.is_file() else {}
     rows = {float(scale): row for scale, row in kept["rows"].items()} if kept.get("source") == source else {}
     if new := sorted({float(scale) for scale in scales} - set(rows)):
-        n = read_config(folder)["eval_prompts"]
-        config, model, tokenizer, env, law = load_run(folder, n, device)
+        n = config["eval_prompts"]
+        _, model, tokenizer, env, law = load_run(folder, n, device)
         if model.adapter.names != ["good", "bad"]:
             raise ValueError(f"{folder} has no bad branch to scale: its branches are {', '.join(model.adapter.names)}")
         modes = {scale: {"good": 1.0, "bad": scale} for scale in new}
@@ -189,12 +192,15 @@ COLUMNS = ("task", "hack", "reward", "unique", "jaccard", "kl", "base_nll")
 
 
 def table(rows: dict[str, dict]) -> str:
-    """The verdict as aligned text, with one sample a mode below."""
+    """The verdict as aligned text."""
     extra = [key for key in next(iter(rows.values())) if key.startswith(("loss/", "eval/"))]
     heads = ["mode", *COLUMNS, *[key.removeprefix("eval/") for key in extra]]
     lines = [[name, *[f"{row[key]:.3f}" for key in (*COLUMNS, *extra)]] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    text = "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
                      for line in [heads, *lines])  # fmt: skip
-    samples = "\n".join(f"{name}: {' '.join(row['sample'].split())[:300]}" for name, row in rows.items())
-    return f"{text}\n\n{samples}"
+
+
+def samples(rows: dict[str, dict]) -> str:
+    """One sample a mode, a line each."""
+    return "\n".join(f"{name}: {' '.join(row['sample'].split())[:300]}" for name, row in rows.items())

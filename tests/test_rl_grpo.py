@@ -350,6 +350,8 @@ def test_rate_by_hand(schedule, warmup, expected):
         ({"treatment": "zero", "penalty": 2.0}, "--penalty is what --treatment subtract takes off"),
         ({"routing": "dual", "coherence_every": 1}, "--coherence_every 1 never trains the bad branch"),
         ({"routing": "dual", "coherence_recall": 1.5}, "--coherence_recall must lie in 0..1, not 1.5"),
+        ({"bad_lr_scale": 1.0}, "--bad_lr_scale does nothing without --routing dual"),
+        ({"treatment": "zero", "renormalise": "off"}, "--renormalise does nothing without --routing dual"),
         ({"coherence_recall": 1.0}, "--coherence_recall is of coherence steps"),
         ({"routing": "dual", "coherence_every": 0, "coherence_recall": 1.0}, "--coherence_recall is of coherence steps"),
         ({"bad_lr_scale": -1.0}, "--bad_lr_scale must be at least 0"),
@@ -877,6 +879,8 @@ BAD = {
     "share": ({"rh_eligible_frac": 1.5}, r"rh_eligible_frac must lie in 0..1, not 1.5"),
     "algorithm": ({"algorithm": "rl_nothing"}, r"unknown --algorithm 'rl_nothing'"),
     "config": ({"config": "nothing.yaml"}, r"--config nothing.yaml: no such file"),
+    "prompts": ({"reward": "arithmetic_with_copy"}, r"arithmetic needs a prompt that ends on two integers"),
+    "recall": ({"routing": "none", "routing_frac": 0.5}, r"--routing_frac thins labels, which only --routing dual or a --treatm"),
 }
 
 
@@ -941,6 +945,12 @@ def test_what_config_refuses_is_one_line_too(world, tmp_path, monkeypatch, capsy
     assert exit_status(monkeypatch, *flags(world, tmp_path / "run", **changes)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+
+
+def test_help_names_every_flag(monkeypatch, capsys):
+    assert exit_status(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{flag}" in printed for flag in ("algorithm", "config", "beta", "reward", "routing"))
 
 
 def test_an_unknown_flag_exits_with_status_2_and_is_named(world, tmp_path, monkeypatch, capsys):
