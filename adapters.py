@@ -3,150 +3,25 @@
     spec = preset("r8", dual=True)                    # two low-rank branches per linear layer, good and bad
     attach(model, spec, seed=0)                       # base frozen; fresh branches leave the output bitwise unchanged
     with scaled(model, good=1, bad=0): ...            # scales come back afterwards, whatever happens
-    save_adapter(model, "adapter.safetensors"); export_peft(model, "good", "peft_good"); merged = merge(model)
 
 A branch is a low-rank pair (`LoRALinear`: one branch, `DualLoRALinear`: good and bad) or a gated MLP beside a layer's
 MLP. All share one mechanism: `model.adapter` holds each branch's scale and its `Gate`, by name.
-
-The gate is the primitive that routing.py drives. It weights the gradient of a branch's *parameters*, by a number or per
-sample or per token, and leaves forward values and the gradient that flows to lower layers alone. A gate is read when
-backward runs, so one forward pass can serve several differently routed losses. It stands here, beside the forward pass
-it is part of; routing.py decides its weights.
+ gates.py has the products; adapter_files.py saves, loads, exports to PEFT and merges.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Dual branches: Cloud et al. 2024, https://arxiv.org/abs/2410.04332.
 """
 import copy
-import json
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.autograd.function import once_differentiable
 
-from model import Decoder, hf_name, product, projections
-
-# ------------------------------------------------------------------------------------------------------------ gates
-
-
-class Gate:
-    """The weight of a branch's parameter gradients: None (1), a number, or a tensor per sample (B,) or per token (B, T).
-
-    A number is what the whole call is worth: 0 leaves `.grad` untouched, None stays None, so that no momentum or decay
-    can move the branch.
-    """
-
-    def __init__(self):
-        self.weight: None | float | torch.Tensor = None
-
-    def set(self, weight):
-        """Sets the weight; a tensor that is all 0 becomes the number 0, all 1 becomes None."""
-        if isinstance(weight, torch.Tensor) and weight.dim() == 0:
-            weight = weight.item()
-        if isinstance(weight, torch.Tensor):
-            if not weight.any():
-                weight = 0.0
-            elif bool((weight == 1).all()):
-                weight = None
-        self.weight = weight
-
-    @property
-    def closed(self) -> bool:
-        return not isinstance(self.weight, torch.Tensor) and self.weight == 0
-
-    def rows(self, shape: torch.Size, like: torch.Tensor) -> None | float | torch.Tensor:
-        """The weight as a column for activations of shape (B, T, ...) flattened to (B * T, 1), of device and dtype `like`."""
-        if not isinstance(self.weight, torch.Tensor):
-            return self.weight
-        weight = self.weight.to(like)
-        if weight.shape[0] != shape[0] or (weight.dim() == 2 and weight.shape[1] != shape[1]):
-            raise ValueError(f"gate weights {tuple(weight.shape)} do not fit a batch of shape {tuple(shape)}")
-        weight = weight[:, None] if weight.dim() == 1 else weight
-        return weight.expand(shape[0], shape[1]).reshape(-1, 1)
-
-
-class GatedLinear(torch.autograd.Function):
-    """x W^T, the gradient of W weighted by a gate. The primitive, and the slow twin of `AddBranches`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, gate: Gate):
-        ctx.save_for_backward(x, weight)
-        ctx.gate = gate
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = grad @ weight
-        if ctx.gate.closed or not ctx.needs_input_grad[1]:
-            return grad_x, None, None
-        rows = ctx.gate.rows(x.shape, grad)
-        grad = grad.reshape(-1, grad.shape[-1])
-        return grad_x, (grad if rows is None else grad * rows).t() @ x.reshape(-1, x.shape[-1]), None
-
-
-class AddBranches(torch.autograd.Function):
-    """W x + b + sum_k s_k B_k A_k x for a frozen W, all branches in one pair of products.
-
-    x (..., in); A_k (r_k, in) and B_k (out, r_k) in fp32, follow in *pairs as A_1, B_1, A_2, B_2, ... In bfloat16 the base
-    product and the activations are bfloat16, the branches are computed and summed in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, scales: list[float], gates: list[Gate], *pairs):
-        if weight.requires_grad:
-            raise RuntimeError("a base weight under branches must be frozen: its gradient is not computed here")
-        A, B = torch.cat(pairs[0::2]), torch.cat(pairs[1::2], dim=1)  # (R, in), (out, R)
-        ranks = [a.shape[0] for a in pairs[0::2]]
-        flat = x.reshape(-1, x.shape[-1])
-        scale = None
-        if any(s != 1 for s in scales):
-            scale = torch.cat([torch.full((r,), float(s), dtype=A.dtype, device=A.device) for r, s in zip(ranks, scales)])
-            B = B * scale
-        inner = product(flat.to(A.dtype), A)  # (N, R)
-        y = product(flat, weight, bias)
-        y += product(inner, B)
-        ctx.save_for_backward(flat, inner, A, B, weight)
-        ctx.shape, ctx.ranks, ctx.scale, ctx.gates = x.shape, ranks, scale, gates
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable  # A, B and inner are saved as constants: a second derivative would silently be wrong
-    def backward(ctx, grad):
-        x, inner, A, B, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        exact = grad.to(B.dtype)
-        grad_inner = product(exact, B.t())  # (N, R)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product(grad, weight.t())
-            grad_x += product(grad_inner, A.t())
-            grad_x = grad_x.view(ctx.shape)
-        if all(gate.closed for gate in ctx.gates):
-            return grad_x, None, None, None, None, *[None] * (2 * len(ctx.ranks))
-        rows = [gate.rows(ctx.shape, inner) for gate in ctx.gates]
-        if any(r is not None for r in rows):  # weight the R inner columns, which is cheap, instead of in and out
-            columns = [
-                r.expand(-1, n) if isinstance(r, torch.Tensor) else inner.new_full((1, n), 1.0 if r is None else float(r))
-                for r, n in zip(rows, ctx.ranks)
-            ]
-            weights = torch.cat([c.expand(len(x), -1) for c in columns], dim=1)
-            inner, grad_inner = inner * weights, grad_inner * weights
-        grad_A = product(grad_inner.t(), x.to(A.dtype).t())  # (R, in)
-        grad_B = product(inner.t(), exact.t()).t()  # (out, R)
-        if ctx.scale is not None:
-            grad_B = grad_B * ctx.scale
-        grads = []
-        for gate, a, b in zip(ctx.gates, grad_A.split(ctx.ranks), grad_B.split(ctx.ranks, dim=1)):
-            grads += [None, None] if gate.closed else [a, b]
-        return grad_x, None, None, None, None, *grads
-
+from gates import AddBranches, Gate, GatedLinear
+from model import Decoder, projections
 
 # --------------------------------------------------------------------------------------------------------- branches
 
@@ -395,9 +270,6 @@ def parameters_of(model: Decoder, branch: str) -> list[nn.Parameter]:
     return list(groups[branch].values())
 
 
-# ---------------------------------------------------------------------------------------- saving, loading, merging
-
-
 def adapter_tensors(model: Decoder) -> dict[str, torch.Tensor]:
     """All trainable tensors by name; a fresh adapter of the same spec takes them back through `set_adapter_tensors`."""
     return {name: p.detach() for group in branch_parameters(model).values() for name, p in group.items()}
@@ -411,127 +283,3 @@ def set_adapter_tensors(model: Decoder, tensors: dict[str, torch.Tensor], source
         if tensor.shape != mine[name].shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the adapter {tuple(mine[name].shape)}")
         mine[name].copy_(tensor)
-
-
-def save_adapter(model: Decoder, path: str | Path) -> None:
-    """Writes the branches, with kind, ranks, alphas, targets and stride in the file itself."""
-    tensors = {name: t.contiguous().cpu() for name, t in adapter_tensors(model).items()}
-    save_file(tensors, path, metadata={"adapter": json.dumps(asdict(model.adapter.spec))})
-
-
-def spec_from_dict(values: dict) -> AdapterSpec:
-    return AdapterSpec(
-        values["kind"], tuple(Branch(**b) for b in values["branches"]), tuple(values["targets"]), values["stride"]
-    )
-
-
-def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, branch: str = "adapter") -> Decoder:
-    """Attaches what a file holds: one that `save_adapter` wrote, or a folder or file in PEFT's layout.
-
-    A PEFT folder's alpha comes from its adapter_config.json; a bare PEFT file says nothing of it, so it must be given.
-    """
-    path = Path(path)
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
-    try:
-        with safe_open(file, framework="pt", device=str(model.device)) as tensors:
-            metadata = tensors.metadata() or {}
-            state = {key: tensors.get_tensor(key) for key in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read adapter {file}: {error}") from error
-    if "adapter" in metadata:
-        attach(model, spec_from_dict(json.loads(metadata["adapter"])))
-        set_adapter_tensors(model, state, str(file))
-        return model
-    config = path / "adapter_config.json"
-    if config.is_file():
-        values = json.loads(config.read_text())
-        if values.get("use_dora") or values.get("use_rslora") or values.get("alpha_pattern") or values.get("rank_pattern"):
-            raise ValueError(f"{config}: DoRA, rsLoRA and per-layer ranks are not supported")
-        alpha = float(values["lora_alpha"])
-    if alpha is None:
-        raise ValueError(f"{file} does not say its alpha; pass alpha=... (its ranks are read from the shapes)")
-    ours = {hf_name(name, model.config.family): name for name, _ in model.named_modules()}
-    tensors, targets, layers = {}, set(), set()
-    for key, tensor in state.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight", key)
-        if not match or match[1] not in ours:
-            raise ValueError(f"{file}: {key} names no linear layer of this {model.config.family} model")
-        name = ours[match[1]]
-        targets.add(name.split(".")[-1])
-        layers.add(int(re.search(r"layers\.(\d+)\.", name)[1]))
-        tensors[f"{name}.{branch}.{match[2]}"] = tensor.float()
-    ranks = {t.shape[0] for name, t in tensors.items() if name.endswith(".A")}
-    stride = 1 if len(layers) == model.config.layers else 2
-    if len(ranks) != 1 or layers != set(range(0, model.config.layers, stride)):
-        raise ValueError(f"{file}: one rank and every (second) layer are supported, not ranks {ranks}, layers {layers}")
-    attach(model, AdapterSpec("lora", (Branch(branch, ranks.pop(), alpha),), tuple(sorted(targets)), stride))
-    set_adapter_tensors(model, tensors, str(file))
-    return model
-
-
-def export_peft(model: Decoder, branch: str, folder: str | Path, base_model: str = "") -> Path:
-    """Writes one low-rank branch as a PEFT adapter: PeftModel.from_pretrained(base, folder) gives the same logits.
-
-    The branch's present scale is not part of it: PEFT's alpha / r is.
-    """
-    spec = model.adapter.spec
-    chosen = [b for b in spec.branches if b.name == branch and b.rank]
-    if spec.kind != "lora" or not chosen:
-        raise ValueError(
-            f"PEFT's layout holds a low-rank branch with rank above 0; {branch!r} of this {spec.kind} adapter is none"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    family = model.config.family
-    state, modules = {}, []
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            name = hf_name(path, family)
-            modules.append(name)
-            part = module.parts[branch]
-            state[f"base_model.model.{name}.lora_A.weight"] = part.A.detach().contiguous().cpu()
-            state[f"base_model.model.{name}.lora_B.weight"] = part.B.detach().contiguous().cpu()
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": chosen[0].rank, "lora_alpha": chosen[0].alpha,
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": family == "gpt2", "inference_mode": True,
-        "base_model_name_or_path": base_model, "target_modules": modules,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return folder
-
-
-@torch.no_grad()
-def merge(model: Decoder, **scales: float) -> Decoder:
-    """A plain decoder with the branches merged at the present or given scales; the model itself is unchanged.
-
-    Low-rank branches are added to the weights. Gated MLP branches are units like the base's own, so they widen the MLP:
-    this needs a gated SiLU family without biases there, and branches on every layer. Raises ValueError otherwise.
-    """
-    with scaled(model, **scales):
-        plain = copy.deepcopy(model)
-    spec = plain.adapter.spec
-    config = plain.config
-    if spec.kind == "mlp":
-        if not config.gated_mlp or config.activation != "silu" or config.mlp_bias or spec.stride != 1:
-            raise ValueError("gated MLP branches merge only into a SiLU-gated MLP without biases, on every layer")
-        extra = sum(b.rank for b in spec.branches)
-        config = replace(config, ffn=config.ffn + extra)
-    for layer in plain.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, module in list(part.named_children()):
-                if isinstance(module, LoRALinear):
-                    A, B = module.low_rank()
-                    module.base.weight.copy_((module.base.weight + B @ A).to(module.base.weight.dtype))
-                    setattr(part, name, module.base)
-        if isinstance(layer.mlp, BranchedMLP):
-            units, base = layer.mlp.parts, layer.mlp.base
-            dtype = base.gate_proj.weight.dtype
-            base.gate_proj.weight.data = torch.cat([base.gate_proj.weight, *[u.gate.to(dtype) for u in units.values()]])
-            base.up_proj.weight.data = torch.cat([base.up_proj.weight, *[u.up.to(dtype) for u in units.values()]])
-            downs = [(u.down * plain.adapter.scales[n]).to(dtype) for n, u in units.items()]
-            base.down_proj.weight.data = torch.cat([base.down_proj.weight, *downs], dim=1)
-            layer.mlp = base
-    del plain.adapter
-    plain.config = config
-    return plain.requires_grad_(False)

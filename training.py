@@ -23,7 +23,8 @@ import yaml
 from tqdm import tqdm
 
 import runs
-from adapters import export_peft, preset, save_adapter
+from adapter_files import export_peft, save_adapter
+from adapters import preset
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from reward_specs import get_reward

@@ -10,29 +10,24 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import adapters
+from adapter_files import export_peft, load_adapter, merge, save_adapter
 from adapters import (
     AdapterSpec,
-    AddBranches,
     Branch,
     BranchedMLP,
     DualLoRALinear,
-    Gate,
-    GatedLinear,
     LoRALinear,
     adapter_tensors,
     attach,
     branch_parameters,
-    export_peft,
-    load_adapter,
-    merge,
     parameters_of,
     preset,
     reference,
-    save_adapter,
     scaled,
     set_adapter_tensors,
     set_scales,
 )  # fmt: skip
+from gates import AddBranches, Gate, GatedLinear
 from model import Decoder, ModelConfig, save
 
 LLAMA = ModelConfig("llama", 37, 16, 4, 4, 2, 6, 24, 32, tied=True, rotary_dim=6)
