@@ -11,17 +11,37 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from adapters import AdapterSpec, Branch, BranchedMLP, LoRALinear, adapter_tensors, attach, scaled, set_adapter_tensors
+from adapters import (
+    LINEAR_KINDS,
+    AdapterSpec,
+    Branch,
+    BranchedMLP,
+    DeltaSLinear,
+    LoRALinear,
+    adapter_tensors,
+    attach,
+    scaled,
+    set_adapter_tensors,
+)
 from model import Decoder, hf_name
 
 
 def save_adapter(model: Decoder, path: str | Path) -> None:
-    """Writes the branches, with kind, ranks, alphas, targets and stride in the file itself."""
-    tensors = {name: t.contiguous().cpu() for name, t in adapter_tensors(model).items()}
+    """Writes the branches, with kind, ranks, alphas, targets and stride in the file itself.
+
+    A delta is coordinates in singular vectors, which are not in the file: fingerprints of them are.
+    """
+    tensors = {name: t.contiguous().cpu() for name, t in (adapter_tensors(model) | fingerprints(model)).items()}
     save_file(tensors, path, metadata={"adapter": json.dumps(asdict(model.adapter.spec))})
+
+
+def fingerprints(model: Decoder) -> dict[str, torch.Tensor]:
+    layers = ((path, module) for path, module in model.named_modules() if isinstance(module, DeltaSLinear))
+    return {f"{path}.fingerprint": module.fingerprint() for path, module in layers}
 
 
 def spec_from_dict(values: dict) -> AdapterSpec:
@@ -45,7 +65,14 @@ def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, b
         raise ValueError(f"cannot read adapter {file}: {error}") from error
     if "adapter" in metadata:
         attach(model, spec_from_dict(json.loads(metadata["adapter"])))
+        mine = fingerprints(model)
+        theirs = {name: state.pop(name) for name in mine if name in state}
         set_adapter_tensors(model, state, str(file))
+        for name, values in mine.items():
+            if name not in theirs or values.shape != theirs[name].shape or (values - theirs[name]).abs().max() > 0.05:
+                layer = name.removesuffix(".fingerprint")
+                raise ValueError(f"{file}: its deltas are of other singular vectors than {layer} has here: load the weights "
+                                 "they were trained on, or the PEFT export of the branch, which holds its own")
         return model
     config = path / "adapter_config.json"
     if config.is_file():
@@ -77,30 +104,30 @@ def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, b
 def export_peft(model: Decoder, branch: str, folder: str | Path, base_model: str = "") -> Path:
     """Writes one low-rank branch as a PEFT adapter: PeftModel.from_pretrained(base, folder) gives the same logits.
 
-    The branch's present scale is not part of it: PEFT's alpha / r is.
+    The branch's present scale is not part of it: PEFT's alpha / r is. A delta is written as the LoRA that it is, filled up with
+    zeros to the largest rank of any layer.
     """
     spec = model.adapter.spec
     chosen = [b for b in spec.branches if b.name == branch and b.rank]
-    if spec.kind != "lora" or not chosen:
+    if spec.kind not in LINEAR_KINDS or not chosen:
         raise ValueError(
             f"PEFT's layout holds a low-rank branch with rank above 0; {branch!r} of this {spec.kind} adapter is none"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = model.config.family
-    state, modules = {}, []
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            name = hf_name(path, family)
-            modules.append(name)
-            part = module.parts[branch]
-            state[f"base_model.model.{name}.lora_A.weight"] = part.A.detach().contiguous().cpu()
-            state[f"base_model.model.{name}.lora_B.weight"] = part.B.detach().contiguous().cpu()
+    layers = {hf_name(path, family): module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    pairs = {name: [side.detach() for side in module.pair(branch)] for name, module in layers.items()}
+    rank, state = max(len(A) for A, _ in pairs.values()), {}
+    for name, (A, B) in pairs.items():
+        missing = rank - len(A)
+        state[f"base_model.model.{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, missing)).contiguous().cpu()
+        state[f"base_model.model.{name}.lora_B.weight"] = F.pad(B, (0, missing)).contiguous().cpu()
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": chosen[0].rank, "lora_alpha": chosen[0].alpha,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": chosen[0].alpha * (rank / chosen[0].rank),
         "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": family == "gpt2", "inference_mode": True,
-        "base_model_name_or_path": base_model, "target_modules": modules,
+        "base_model_name_or_path": base_model, "target_modules": list(layers),
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return folder

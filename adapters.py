@@ -4,9 +4,11 @@
     attach(model, spec, seed=0)                       # base frozen; fresh branches leave the output bitwise unchanged
     with scaled(model, good=1, bad=0): ...            # scales come back afterwards, whatever happens
 
-A branch is a low-rank pair (`LoRALinear`: one branch, `DualLoRALinear`: good and bad) or a gated MLP beside a layer's
-MLP. All share one mechanism: `model.adapter` holds each branch's scale and its `Gate`, by name.
- gates.py has the products; adapter_files.py saves, loads, exports to PEFT and merges.
+A branch is a low-rank pair (`LoRALinear`: one branch, `DualLoRALinear`: good and bad), a delta on the singular values of a
+weight (`DeltaSLinear`), or a gated MLP beside a layer's MLP. All share one mechanism: `model.adapter` holds each branch's
+scale and its `Gate`, by name.
+
+gates.py has the products; adapter_files.py saves, loads, exports to PEFT and merges.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Dual branches: Cloud et al. 2024, https://arxiv.org/abs/2410.04332.
 """
@@ -20,24 +22,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gates import AddBranches, Gate, GatedLinear
+from gates import AddBranches, AddDeltas, Gate, GatedLinear, GatedScale
 from model import Decoder, projections
+from svd import singular_vectors
 
 # --------------------------------------------------------------------------------------------------------- branches
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of an adapter: `rank` is LoRA's r, or the units of a gated MLP. Low-rank outputs are scaled by alpha / rank."""
+    """One branch of an adapter: `rank` is LoRA's r, a delta's number of singular directions (at most), or the units of a gated
+    MLP. All but the latter's outputs are scaled by alpha / rank."""
 
     name: str
     rank: int
     alpha: float
 
 
+FULL_RANK = 2**31  # of a delta: every singular direction, min(in, out) of each layer
+LINEAR_KINDS = ("lora", "lora_b", "delta_s")
+KINDS = (*LINEAR_KINDS, "mlp", "full")
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What is attached where. kind: lora, mlp, or full (no branch: every weight trains)."""
+    """What is attached where. kind: lora, lora_b (A frozen, only B trains), delta_s (on singular values), mlp, or full (no
+    branch: every weight trains)."""
 
     kind: str
     branches: tuple[Branch, ...] = ()
@@ -45,8 +55,8 @@ class AdapterSpec:
     stride: int = 1  # every how-manieth layer is adapted
 
     def __post_init__(self):
-        if self.kind not in ("lora", "mlp", "full"):
-            raise ValueError(f"unknown adapter kind {self.kind!r}; known: lora, mlp, full")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown adapter kind {self.kind!r}; known: {', '.join(KINDS)}")
         names = [b.name for b in self.branches]
         if len(set(names)) < len(names):
             raise ValueError(f"branch names must differ, not {', '.join(names)}")
@@ -54,8 +64,8 @@ class AdapterSpec:
             raise ValueError(f"a {self.kind} adapter needs at least one branch of rank above 0, none below: {self.branches}")
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1 (every layer), not {self.stride}")
-        if self.targets and self.kind != "lora":
-            raise ValueError(f"targets choose linear layers for a lora adapter; a {self.kind} adapter takes none: {self.targets}")
+        if self.targets and self.kind not in LINEAR_KINDS:
+            raise ValueError(f"targets choose linear layers; a {self.kind} adapter takes none: {self.targets}")
 
 
 @dataclass
@@ -67,6 +77,7 @@ class Adapter:
     gates: dict[str, Gate] = field(default_factory=dict)
     frozen: Decoder | None = None  # full fine-tuning alone: a copy of the model as it was
     groups: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # trainable parameters by branch and name
+    constants: dict[str, nn.Parameter] = field(default_factory=dict)  # frozen tensors that were drawn: the A of lora_b
 
     @property
     def names(self) -> list[str]:
@@ -74,13 +85,14 @@ class Adapter:
 
 
 class LowRank(nn.Module):
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5), B = 0: exactly one side starts at zero. Always fp32."""
+    """B A. A (r, in) ~ U(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5), B (out, r) = 0: exactly one side starts at zero.
+    Always fp32. An A that is given is frozen."""
 
-    def __init__(self, branch: Branch, inputs: int, outputs: int, generator, device):
+    def __init__(self, branch: Branch, inputs: int, outputs: int, generator, device, A: torch.Tensor | None = None):
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        A = torch.empty(branch.rank, inputs).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(A.to(device))
+        trains, bound = A is None, 1 / math.sqrt(inputs)
+        A = torch.empty(branch.rank, inputs).uniform_(-bound, bound, generator=generator) if trains else A
+        self.A = nn.Parameter(A.to(device), requires_grad=trains)
         self.B = nn.Parameter(torch.zeros(outputs, branch.rank, device=device))
 
 
@@ -90,13 +102,21 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, adapter: Adapter, generator):
         super().__init__()
         self.base, self.adapter = base, adapter
-        outputs, inputs = base.weight.shape
-        self.factor = {b.name: b.alpha / b.rank for b in adapter.spec.branches if b.rank}
-        self.parts = nn.ModuleDict(
-            {b.name: LowRank(b, inputs, outputs, generator, base.weight.device) for b in adapter.spec.branches if b.rank}
-        )
+        branches = [b for b in adapter.spec.branches if b.rank]
+        self.factor = {b.name: b.alpha / b.rank for b in branches}
+        self.parts = nn.ModuleDict(self.fresh(branches, generator))
 
-    def active(self) -> list[tuple[str, LowRank, float]]:
+    def fresh(self, branches: list[Branch], generator) -> dict[str, nn.Module]:
+        (outputs, inputs), device = self.base.weight.shape, self.base.weight.device
+        if self.adapter.spec.kind == "lora":
+            return {b.name: LowRank(b, inputs, outputs, generator, device) for b in branches}
+        most = max(b.rank for b in branches)
+        if most > inputs:
+            raise ValueError(f"rank {most} of a frozen A exceeds a layer's {inputs} inputs: orthonormal rows are at most so many")
+        A = nn.init.orthogonal_(torch.empty(most, inputs), generator=generator)  # one basis, as the branches of a delta have
+        return {b.name: LowRank(b, inputs, outputs, None, device, A[: b.rank].clone()) for b in branches}
+
+    def active(self) -> list[tuple[str, nn.Module, float]]:
         """(name, branch, scale) of the branches that are on."""
         pairs = ((name, branch, self.adapter.scales[name] * self.factor[name]) for name, branch in self.parts.items())
         return [item for item in pairs if item[2] != 0]
@@ -108,6 +128,10 @@ class LoRALinear(nn.Module):
         pairs = [p for _, branch, _ in active for p in (branch.A, branch.B)]
         gates = [self.adapter.gates[name] for name, _, _ in active]
         return AddBranches.apply(x, self.base.weight, self.base.bias, [s for *_, s in active], gates, *pairs)
+
+    def pair(self, branch: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """One branch as A (r, in), B (out, r), without its scale and alpha / rank."""
+        return self.parts[branch].A, self.parts[branch].B
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The branches that are on as one pair A (R, in), B (out, R), scales in B; R is 0 where all are off."""
@@ -128,6 +152,63 @@ class DualLoRALinear(LoRALinear):
         if adapter.names != ["good", "bad"]:
             raise ValueError(f"DualLoRALinear has the branches good and bad, not {adapter.names}")
         super().__init__(base, adapter, generator)
+
+
+class Delta(nn.Module):
+    """A number for each of the first `rank` singular directions, in fp32; all 0."""
+
+    def __init__(self, rank: int, device):
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(rank, device=device))
+
+
+class DeltaSLinear(LoRALinear):
+    """A frozen linear layer W = U S V with branches U (delta * V x): a LoRA whose B is U diag(delta) and whose A is V.
+
+    U (out, R) and V (R, in) hold the singular vectors of the largest R singular values, shared by all branches (svd.py).
+    """
+
+    def fresh(self, branches: list[Branch], generator) -> dict[str, nn.Module]:
+        U, V = singular_vectors(self.base.weight, max(b.rank for b in branches))
+        self.register_buffer("U", U, persistent=False)
+        self.register_buffer("V", V, persistent=False)
+        return {b.name: Delta(min(b.rank, len(V)), V.device) for b in branches}
+
+    def forward(self, x):
+        active = self.active()
+        if not active:
+            return self.base(x)
+        if x.dtype != self.V.dtype:
+            return self.beside(x)
+        gates = [self.adapter.gates[name] for name, _, _ in active]
+        deltas = [branch.delta for _, branch, _ in active]
+        return AddDeltas.apply(x, self.base.weight, self.base.bias, self.U, self.V, [s for *_, s in active], gates, *deltas)
+
+    def beside(self, x):
+        """Unmerged: in fp32 beside a base in bfloat16, which would round small branches away. The slow twin of `forward`."""
+        inner = F.linear(x.to(self.V.dtype), self.V)  # (..., R)
+        mixed = torch.zeros_like(inner)
+        for name, branch, scale in self.active():
+            part = GatedScale.apply(inner[..., : len(branch.delta)], branch.delta, self.adapter.gates[name])
+            mixed = mixed + scale * F.pad(part, (0, inner.shape[-1] - len(branch.delta)))
+        return (self.base(x) + F.linear(mixed, self.U)).to(x.dtype)
+
+    def pair(self, branch: str) -> tuple[torch.Tensor, torch.Tensor]:
+        delta = self.parts[branch].delta
+        return self.V[: len(delta)], self.U[:, : len(delta)] * delta
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        active, total = self.active(), self.U.new_zeros(len(self.V))
+        for _, branch, scale in active:
+            total[: len(branch.delta)] += scale * branch.delta
+        return (self.V, self.U * total) if active else (self.V[:0], self.U[:, :0])
+
+    def fingerprint(self) -> torch.Tensor:
+        """(R,): what each pair u v^T makes of two fixed random vectors. The sign that a decomposition gives to a pair of singular
+        vectors is arbitrary, and does not matter to it; other directions do."""
+        generator = torch.Generator().manual_seed(0)
+        left, right = (torch.randn(n, generator=generator).to(self.U) for n in (len(self.U), self.V.shape[1]))
+        return (left @ self.U) * (self.V @ right)
 
 
 class GatedUnits(nn.Module):
@@ -168,25 +249,33 @@ class BranchedMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- attaching, scaling
 
-PRESETS = "r1 ... r32 (rank), r1h (every second layer), r32f4 (good 32, bad 4), m16 or m16f4 (gated MLP units), full"
+PRESETS = (
+    "r1 ... r32 (rank), r1h (every second layer), r32f4 (good 32, bad 4), r32o (A orthonormal and frozen), ds or ds32 (singular "
+    "values: all or the top 32), m16 or m16f4 (gated MLP units), full"
+)
 
 
 def preset(name: str, dual: bool) -> AdapterSpec:
     """An adapter by the name that `--lora_config` takes: PRESETS above. alpha is each branch's own rank.
 
-    Without `dual` there is one branch, of the summed rank: the control of equal capacity. Raises ValueError for others.
+    Without `dual` there is one branch, of the summed rank: the control of equal capacity. Where the branches share a frozen
+    basis (r32o, ds) the sum would be another basis, so there it is the good branch alone. Raises ValueError for others.
     """
     if name == "full":
         if dual:
             raise ValueError("full fine-tuning has no branches to route to; use a LoRA or MLP preset with --routing dual")
         return AdapterSpec("full")
-    match = re.fullmatch(r"([rm])(\d+)(h?)(?:f(\d+))?", name)
-    if not match or int(match[2]) == 0:
+    match = re.fullmatch(r"(r|m|ds)(\d*)(h?)(o?)(?:f(\d+))?", name)
+    letters, digits, half, frozen, smaller = match.groups() if match else ("", "", "", "", None)
+    kind = {"r": "lora", "ro": "lora_b", "m": "mlp", "ds": "delta_s"}.get(letters + frozen)
+    good = FULL_RANK if kind == "delta_s" and not digits else int(digits or 0)
+    if not kind or not good:
         raise ValueError(f"unknown --lora_config {name!r}; known: {PRESETS}")
-    good, bad = int(match[2]), int(match[4] if match[4] is not None else match[2])
-    ranks = {"good": good, "bad": bad} if dual else {"adapter": good + bad}
+    bad = good if smaller is None else int(smaller)
+    single = good if kind in ("lora_b", "delta_s") else good + bad
+    ranks = {"good": good, "bad": bad} if dual else {"adapter": single}
     branches = tuple(Branch(n, r, float(r)) for n, r in ranks.items())
-    return AdapterSpec("lora" if match[1] == "r" else "mlp", branches, stride=2 if match[3] else 1)
+    return AdapterSpec(kind, branches, stride=2 if half else 1)
 
 
 def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
@@ -207,11 +296,11 @@ def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
     known = tuple(dict.fromkeys((*names["qkv"], names["out"], *names["up"], names["down"])))
     if unknown := [t for t in spec.targets if t not in known]:
         raise ValueError(f"unknown adapter target {unknown[0]!r}; a {model.config.family} has {', '.join(known)}")
-    kind = DualLoRALinear if adapter.names == ["good", "bad"] else LoRALinear
+    kind = DeltaSLinear if spec.kind == "delta_s" else DualLoRALinear if adapter.names == ["good", "bad"] else LoRALinear
     for layer in model.layers[:: spec.stride]:
         if spec.kind == "mlp":
             layer.mlp = BranchedMLP(layer.mlp, model.config.width, adapter, generator)
-        elif spec.kind == "lora":
+        elif spec.kind in LINEAR_KINDS:
             for part in (layer.self_attn, layer.mlp):
                 for name in spec.targets or known:
                     if isinstance(getattr(part, name, None), nn.Linear):
@@ -223,7 +312,9 @@ def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
         for path, module in model.named_modules():
             if isinstance(module, (LoRALinear, BranchedMLP)):
                 for branch, part in module.parts.items():
-                    adapter.groups[branch] |= {f"{path}.{branch}.{name}": p for name, p in part.named_parameters()}
+                    for name, p in part.named_parameters():
+                        kept = adapter.groups[branch] if p.requires_grad else adapter.constants
+                        kept[f"{path}.{branch}.{name}"] = p
     model.adapter = adapter
     return model
 
@@ -271,8 +362,10 @@ def parameters_of(model: Decoder, branch: str) -> list[nn.Parameter]:
 
 
 def adapter_tensors(model: Decoder) -> dict[str, torch.Tensor]:
-    """All trainable tensors by name; a fresh adapter of the same spec takes them back through `set_adapter_tensors`."""
-    return {name: p.detach() for group in branch_parameters(model).values() for name, p in group.items()}
+    """All tensors that are trained or were drawn, by name; a fresh adapter of the same spec takes them back through
+    `set_adapter_tensors`."""
+    groups = (*branch_parameters(model).values(), model.adapter.constants)
+    return {name: p.detach() for group in groups for name, p in group.items()}
 
 
 def set_adapter_tensors(model: Decoder, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -1,7 +1,8 @@
 """The gate, which weights the gradient of a branch's parameters, and the products that obey it.
 
     gate = Gate(); gate.set(torch.tensor([1.0, 0.0]))     # sample 0 trains the branch, sample 1 does not
-    y = AddBranches.apply(x, weight, bias, [scale], [gate], A, B)
+    y = AddBranches.apply(x, weight, bias, [scale], [gate], A, B)      # W x + b + scale B A x
+    y = AddDeltas.apply(x, weight, bias, U, V, [scale], [gate], delta) # W x + b + scale U (delta * V x)
 
 A gate weights the gradient of parameters only, by a number or per sample or per token: forward values and the gradient that
 flows to lower layers are as without it. It is read when backward runs, so one forward pass can serve several differently
@@ -117,7 +118,7 @@ class AddBranches(torch.autograd.Function):
             ]
             weights = torch.cat([c.expand(len(x), -1) for c in columns], dim=1)
             inner, grad_inner = inner * weights, grad_inner * weights
-        grad_A = product(grad_inner.t(), x.to(A.dtype).t())  # (R, in)
+        grad_A = product(grad_inner.t(), x.to(A.dtype).t()) if any(ctx.needs_input_grad[5::2]) else torch.zeros_like(A)  # (R, in)
         grad_B = product(inner.t(), exact.t()).t()  # (out, R)
         if ctx.scale is not None:
             grad_B = grad_B * ctx.scale
@@ -125,3 +126,79 @@ class AddBranches(torch.autograd.Function):
         for gate, a, b in zip(ctx.gates, grad_A.split(ctx.ranks), grad_B.split(ctx.ranks, dim=1)):
             grads += [None, None] if gate.closed else [a, b]
         return grad_x, None, None, None, None, *grads
+
+
+class GatedScale(torch.autograd.Function):
+    """x * delta, the gradient of delta (r,) weighted by a gate; x (B, T, r). The slow twin of `AddDeltas`."""
+
+    @staticmethod
+    def forward(ctx, x, delta, gate: Gate):
+        ctx.save_for_backward(x, delta)
+        ctx.gate = gate
+        return x * delta
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, delta = ctx.saved_tensors
+        if ctx.gate.closed or not ctx.needs_input_grad[1]:
+            return grad * delta, None, None
+        rows = ctx.gate.rows(x.shape, grad)
+        terms = (grad * x).reshape(-1, len(delta))
+        return grad * delta, (terms if rows is None else terms * rows).sum(0), None
+
+
+class AddDeltas(torch.autograd.Function):
+    """(W + U diag(sum_k s_k delta_k) V) x + b for frozen W, U and V, merged into one weight for this call.
+
+    x (..., in), W (out, in), U (out, R), V (R, in), all of one dtype; delta_k (r_k,) with r_k at most R acts on the first r_k
+    directions. The gradient of delta_k is s_k diag(U^T (rows_k * dL/dy)^T x V^T), rows_k the weights of its gate.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, U, V, scales: list[float], gates: list[Gate], *deltas):
+        if weight.requires_grad:
+            raise RuntimeError("a base weight under branches must be frozen: its gradient is not computed here")
+        total = U.new_zeros(U.shape[1])
+        for scale, delta in zip(scales, deltas):
+            total[: len(delta)] += scale * delta
+        merged = weight + product(U * total, V.t())  # (out, in)
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(flat, merged, U, V)
+        ctx.shape, ctx.ranks, ctx.scales, ctx.gates = x.shape, [len(delta) for delta in deltas], scales, gates
+        return product(flat, merged, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # merged is saved as a constant: a second derivative would silently be wrong
+    def backward(ctx, grad):
+        x, merged, U, V = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = product(grad, merged.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        distinct, grads = {}, []  # gates that weight alike share their product
+        for gate in ctx.gates:
+            if not gate.closed:
+                rows = gate.rows(ctx.shape, grad)
+                distinct[id(gate.weight) if isinstance(rows, torch.Tensor) else None] = rows
+        columns = [rows if isinstance(rows, torch.Tensor) else None for rows in distinct.values()]
+        diagonals = dict(zip(distinct, weighted_diagonals(grad, x, U, V, columns)))
+        for gate, scale, rank in zip(ctx.gates, ctx.scales, ctx.ranks):
+            if gate.closed:
+                grads.append(None)
+            elif isinstance(gate.weight, torch.Tensor):
+                grads.append(scale * diagonals[id(gate.weight)][:rank])
+            else:
+                grads.append(scale * (1.0 if gate.weight is None else gate.weight) * diagonals[None][:rank])
+        return grad_x, *[None] * 6, *grads
+
+
+def weighted_diagonals(grad, x, U, V, columns: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """diag(U^T (column * grad)^T x V^T) (R,) for each column of weights (N, 1); None weights all rows by 1.
+
+    grad (N, out), x (N, in), U (out, R), V (R, in). Through the weight's gradient (out, in) or through the R directions of each
+    row, whichever takes fewer multiplications: the first for many rows and all directions, the second for few directions.
+    """
+    (n, outputs), (R, inputs) = grad.shape, V.shape
+    if n * R * (outputs + inputs) < len(columns) * (n + R) * outputs * inputs:
+        terms = product(grad, U.t()) * product(x, V)  # (N, R)
+        return [terms.sum(0) if column is None else terms.t().mv(column.squeeze(1)) for column in columns]
+    weight_grads = [product((grad if column is None else grad * column).t(), x.t()) for column in columns]  # (out, in)
+    return [(product(U.t(), G.t()) * V).sum(1) for G in weight_grads]
