@@ -22,9 +22,9 @@ from projection import (
     flatten,
     null_cin,
     null_of,
+    oriented_axes,
     origin_of,
     orthogonal_complement,
-    oriented_axes,
     overlap,
     pair_gradients,
     pcgrad,
@@ -206,8 +206,8 @@ def test_held_out_pairs_tell_a_shared_direction_from_noise():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"use": 13}, "use <= keep"), ({"use": 0}, "use <= keep"), ({"tau": 1.0}, "tau < 1"), ({"held_out": 9}, "9 pairs with 9 held out"),
-    ({"held_out": -1}, "held_out >= 0")])  # fmt: skip
+    ({"use": 13}, "use <= keep"), ({"use": 0}, "use <= keep"), ({"tau": 1.0}, "tau < 1"),
+    ({"held_out": 9}, "9 pairs with 9 held out"), ({"held_out": -1}, "held_out >= 0")])  # fmt: skip
 def test_settings_that_leave_no_basis_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         extract(random_gradients(), **change)
@@ -227,7 +227,8 @@ def test_gradients_of_zero_are_refused():
 def test_identities(mode, overshoot, dtype, tolerance):
     basis = a_basis()
     basis.rows = {name: V.to(dtype) for name, V in basis.rows.items()}
-    parameters = {name: nn.Parameter(p.detach().to(dtype)) for name, p in (full := parameters_like(basis)).items()}
+    full = parameters_like(basis)
+    parameters = {name: nn.Parameter(p.detach().to(dtype)) for name, p in full.items()}
     for name, p in parameters.items():
         p.grad = full[name].grad.to(dtype)
     values, before = {name: p.detach().clone() for name, p in parameters.items()}, grads(parameters)
