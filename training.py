@@ -211,7 +211,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     evaluate(config.max_steps, modes)
     wall = spent + time.perf_counter() - start
     save_adapter(model, run.folder / "adapter.safetensors")
-    if model.adapter.spec.kind == "lora":
+    if model.adapter.spec.kind in ("lora", "lora_b"):  # a delta is as large as the weights in that layout: export_peft on demand
         for branch in model.adapter.spec.branches:
             if branch.rank:
                 export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)
