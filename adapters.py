@@ -3,166 +3,51 @@
     spec = preset("r8", dual=True)                    # two low-rank branches per linear layer, good and bad
     attach(model, spec, seed=0)                       # base frozen; fresh branches leave the output bitwise unchanged
     with scaled(model, good=1, bad=0): ...            # scales come back afterwards, whatever happens
-    save_adapter(model, "adapter.safetensors"); export_peft(model, "good", "peft_good"); merged = merge(model)
 
-A branch is a low-rank pair (`LoRALinear`: one branch, `DualLoRALinear`: good and bad) or a gated MLP beside a layer's
-MLP. All share one mechanism: `model.adapter` holds each branch's scale and its `Gate`, by name.
+A branch is a low-rank pair (`LoRALinear`: one branch, `DualLoRALinear`: good and bad), a delta on the singular values of a
+weight (`DeltaSLinear`), or a gated MLP beside a layer's MLP. All share one mechanism: `model.adapter` holds each branch's
+scale and its `Gate`, by name.
 
-The gate is the primitive that routing.py drives. It weights the gradient of a branch's *parameters*, by a number or per
-sample or per token, and leaves forward values and the gradient that flows to lower layers alone. A gate is read when
-backward runs, so one forward pass can serve several differently routed losses. It stands here, beside the forward pass
-it is part of; routing.py decides its weights.
+gates.py has the products; adapter_files.py saves, loads, exports to PEFT and merges.
 
 LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685. Dual branches: Cloud et al. 2024, https://arxiv.org/abs/2410.04332.
 """
 import copy
-import json
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.autograd.function import once_differentiable
 
-from model import Decoder, hf_name, product, projections
-
-# ------------------------------------------------------------------------------------------------------------ gates
-
-
-class Gate:
-    """The weight of a branch's parameter gradients: None (1), a number, or a tensor per sample (B,) or per token (B, T).
-
-    A number is what the whole call is worth: 0 leaves `.grad` untouched, None stays None, so that no momentum or decay
-    can move the branch.
-    """
-
-    def __init__(self):
-        self.weight: None | float | torch.Tensor = None
-
-    def set(self, weight):
-        """Sets the weight; a tensor that is all 0 becomes the number 0, all 1 becomes None."""
-        if isinstance(weight, torch.Tensor) and weight.dim() == 0:
-            weight = weight.item()
-        if isinstance(weight, torch.Tensor):
-            if not weight.any():
-                weight = 0.0
-            elif bool((weight == 1).all()):
-                weight = None
-        self.weight = weight
-
-    @property
-    def closed(self) -> bool:
-        return not isinstance(self.weight, torch.Tensor) and self.weight == 0
-
-    def rows(self, shape: torch.Size, like: torch.Tensor) -> None | float | torch.Tensor:
-        """The weight as a column for activations of shape (B, T, ...) flattened to (B * T, 1), of device and dtype `like`."""
-        if not isinstance(self.weight, torch.Tensor):
-            return self.weight
-        weight = self.weight.to(like)
-        if weight.shape[0] != shape[0] or (weight.dim() == 2 and weight.shape[1] != shape[1]):
-            raise ValueError(f"gate weights {tuple(weight.shape)} do not fit a batch of shape {tuple(shape)}")
-        weight = weight[:, None] if weight.dim() == 1 else weight
-        return weight.expand(shape[0], shape[1]).reshape(-1, 1)
-
-
-class GatedLinear(torch.autograd.Function):
-    """x W^T, the gradient of W weighted by a gate. The primitive, and the slow twin of `AddBranches`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, gate: Gate):
-        ctx.save_for_backward(x, weight)
-        ctx.gate = gate
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = grad @ weight
-        if ctx.gate.closed or not ctx.needs_input_grad[1]:
-            return grad_x, None, None
-        rows = ctx.gate.rows(x.shape, grad)
-        grad = grad.reshape(-1, grad.shape[-1])
-        return grad_x, (grad if rows is None else grad * rows).t() @ x.reshape(-1, x.shape[-1]), None
-
-
-class AddBranches(torch.autograd.Function):
-    """W x + b + sum_k s_k B_k A_k x for a frozen W, all branches in one pair of products.
-
-    x (..., in); A_k (r_k, in) and B_k (out, r_k) in fp32, follow in *pairs as A_1, B_1, A_2, B_2, ... In bfloat16 the base
-    product and the activations are bfloat16, the branches are computed and summed in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, scales: list[float], gates: list[Gate], *pairs):
-        if weight.requires_grad:
-            raise RuntimeError("a base weight under branches must be frozen: its gradient is not computed here")
-        A, B = torch.cat(pairs[0::2]), torch.cat(pairs[1::2], dim=1)  # (R, in), (out, R)
-        ranks = [a.shape[0] for a in pairs[0::2]]
-        flat = x.reshape(-1, x.shape[-1])
-        scale = None
-        if any(s != 1 for s in scales):
-            scale = torch.cat([torch.full((r,), float(s), dtype=A.dtype, device=A.device) for r, s in zip(ranks, scales)])
-            B = B * scale
-        inner = product(flat.to(A.dtype), A)  # (N, R)
-        y = product(flat, weight, bias)
-        y += product(inner, B)
-        ctx.save_for_backward(flat, inner, A, B, weight)
-        ctx.shape, ctx.ranks, ctx.scale, ctx.gates = x.shape, ranks, scale, gates
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable  # A, B and inner are saved as constants: a second derivative would silently be wrong
-    def backward(ctx, grad):
-        x, inner, A, B, weight = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        exact = grad.to(B.dtype)
-        grad_inner = product(exact, B.t())  # (N, R)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product(grad, weight.t())
-            grad_x += product(grad_inner, A.t())
-            grad_x = grad_x.view(ctx.shape)
-        if all(gate.closed for gate in ctx.gates):
-            return grad_x, None, None, None, None, *[None] * (2 * len(ctx.ranks))
-        rows = [gate.rows(ctx.shape, inner) for gate in ctx.gates]
-        if any(r is not None for r in rows):  # weight the R inner columns, which is cheap, instead of in and out
-            columns = [
-                r.expand(-1, n) if isinstance(r, torch.Tensor) else inner.new_full((1, n), 1.0 if r is None else float(r))
-                for r, n in zip(rows, ctx.ranks)
-            ]
-            weights = torch.cat([c.expand(len(x), -1) for c in columns], dim=1)
-            inner, grad_inner = inner * weights, grad_inner * weights
-        grad_A = product(grad_inner.t(), x.to(A.dtype).t())  # (R, in)
-        grad_B = product(inner.t(), exact.t()).t()  # (out, R)
-        if ctx.scale is not None:
-            grad_B = grad_B * ctx.scale
-        grads = []
-        for gate, a, b in zip(ctx.gates, grad_A.split(ctx.ranks), grad_B.split(ctx.ranks, dim=1)):
-            grads += [None, None] if gate.closed else [a, b]
-        return grad_x, None, None, None, None, *grads
-
+from gates import AddBranches, AddDeltas, Gate, GatedLinear, GatedScale
+from model import Decoder, projections
+from svd import singular_vectors
 
 # --------------------------------------------------------------------------------------------------------- branches
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of an adapter: `rank` is LoRA's r, or the units of a gated MLP. Low-rank outputs are scaled by alpha / rank."""
+    """One branch of an adapter: `rank` is LoRA's r, a delta's number of singular directions (at most), or the units of a gated
+    MLP. All but the latter's outputs are scaled by alpha / rank."""
 
     name: str
     rank: int
     alpha: float
 
 
+FULL_RANK = 2**31  # of a delta: every singular direction, min(in, out) of each layer
+LINEAR_KINDS = ("lora", "lora_b", "delta_s")
+KINDS = (*LINEAR_KINDS, "mlp", "full")
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What is attached where. kind: lora, mlp, or full (no branch: every weight trains)."""
+    """What is attached where. kind: lora, lora_b (A frozen, only B trains), delta_s (on singular values), mlp, or full (no
+    branch: every weight trains)."""
 
     kind: str
     branches: tuple[Branch, ...] = ()
@@ -170,8 +55,8 @@ class AdapterSpec:
     stride: int = 1  # every how-manieth layer is adapted
 
     def __post_init__(self):
-        if self.kind not in ("lora", "mlp", "full"):
-            raise ValueError(f"unknown adapter kind {self.kind!r}; known: lora, mlp, full")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown adapter kind {self.kind!r}; known: {', '.join(KINDS)}")
         names = [b.name for b in self.branches]
         if len(set(names)) < len(names):
             raise ValueError(f"branch names must differ, not {', '.join(names)}")
@@ -179,8 +64,8 @@ class AdapterSpec:
             raise ValueError(f"a {self.kind} adapter needs at least one branch of rank above 0, none below: {self.branches}")
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1 (every layer), not {self.stride}")
-        if self.targets and self.kind != "lora":
-            raise ValueError(f"targets choose linear layers for a lora adapter; a {self.kind} adapter takes none: {self.targets}")
+        if self.targets and self.kind not in LINEAR_KINDS:
+            raise ValueError(f"targets choose linear layers; a {self.kind} adapter takes none: {self.targets}")
 
 
 @dataclass
@@ -192,6 +77,7 @@ class Adapter:
     gates: dict[str, Gate] = field(default_factory=dict)
     frozen: Decoder | None = None  # full fine-tuning alone: a copy of the model as it was
     groups: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # trainable parameters by branch and name
+    constants: dict[str, nn.Parameter] = field(default_factory=dict)  # frozen tensors that were drawn: the A of lora_b
 
     @property
     def names(self) -> list[str]:
@@ -199,13 +85,14 @@ class Adapter:
 
 
 class LowRank(nn.Module):
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5), B = 0: exactly one side starts at zero. Always fp32."""
+    """B A. A (r, in) ~ U(-1/sqrt(in), 1/sqrt(in)) (kaiming with a = sqrt 5), B (out, r) = 0: exactly one side starts at zero.
+    Always fp32. An A that is given is frozen."""
 
-    def __init__(self, branch: Branch, inputs: int, outputs: int, generator, device):
+    def __init__(self, branch: Branch, inputs: int, outputs: int, generator, device, A: torch.Tensor | None = None):
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        A = torch.empty(branch.rank, inputs).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(A.to(device))
+        trains, bound = A is None, 1 / math.sqrt(inputs)
+        A = torch.empty(branch.rank, inputs).uniform_(-bound, bound, generator=generator) if trains else A
+        self.A = nn.Parameter(A.to(device), requires_grad=trains)
         self.B = nn.Parameter(torch.zeros(outputs, branch.rank, device=device))
 
 
@@ -215,13 +102,21 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, adapter: Adapter, generator):
         super().__init__()
         self.base, self.adapter = base, adapter
-        outputs, inputs = base.weight.shape
-        self.factor = {b.name: b.alpha / b.rank for b in adapter.spec.branches if b.rank}
-        self.parts = nn.ModuleDict(
-            {b.name: LowRank(b, inputs, outputs, generator, base.weight.device) for b in adapter.spec.branches if b.rank}
-        )
+        branches = [b for b in adapter.spec.branches if b.rank]
+        self.factor = {b.name: b.alpha / b.rank for b in branches}
+        self.parts = nn.ModuleDict(self.fresh(branches, generator))
 
-    def active(self) -> list[tuple[str, LowRank, float]]:
+    def fresh(self, branches: list[Branch], generator) -> dict[str, nn.Module]:
+        (outputs, inputs), device = self.base.weight.shape, self.base.weight.device
+        if self.adapter.spec.kind == "lora":
+            return {b.name: LowRank(b, inputs, outputs, generator, device) for b in branches}
+        most = max(b.rank for b in branches)
+        if most > inputs:
+            raise ValueError(f"rank {most} of a frozen A exceeds a layer's {inputs} inputs: orthonormal rows are at most so many")
+        A = nn.init.orthogonal_(torch.empty(most, inputs), generator=generator)  # one basis, as the branches of a delta have
+        return {b.name: LowRank(b, inputs, outputs, None, device, A[: b.rank].clone()) for b in branches}
+
+    def active(self) -> list[tuple[str, nn.Module, float]]:
         """(name, branch, scale) of the branches that are on."""
         pairs = ((name, branch, self.adapter.scales[name] * self.factor[name]) for name, branch in self.parts.items())
         return [item for item in pairs if item[2] != 0]
@@ -233,6 +128,10 @@ class LoRALinear(nn.Module):
         pairs = [p for _, branch, _ in active for p in (branch.A, branch.B)]
         gates = [self.adapter.gates[name] for name, _, _ in active]
         return AddBranches.apply(x, self.base.weight, self.base.bias, [s for *_, s in active], gates, *pairs)
+
+    def pair(self, branch: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """One branch as A (r, in), B (out, r), without its scale and alpha / rank."""
+        return self.parts[branch].A, self.parts[branch].B
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The branches that are on as one pair A (R, in), B (out, R), scales in B; R is 0 where all are off."""
@@ -253,6 +152,63 @@ class DualLoRALinear(LoRALinear):
         if adapter.names != ["good", "bad"]:
             raise ValueError(f"DualLoRALinear has the branches good and bad, not {adapter.names}")
         super().__init__(base, adapter, generator)
+
+
+class Delta(nn.Module):
+    """A number for each of the first `rank` singular directions, in fp32; all 0."""
+
+    def __init__(self, rank: int, device):
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(rank, device=device))
+
+
+class DeltaSLinear(LoRALinear):
+    """A frozen linear layer W = U S V with branches U (delta * V x): a LoRA whose B is U diag(delta) and whose A is V.
+
+    U (out, R) and V (R, in) hold the singular vectors of the largest R singular values, shared by all branches (svd.py).
+    """
+
+    def fresh(self, branches: list[Branch], generator) -> dict[str, nn.Module]:
+        U, V = singular_vectors(self.base.weight, max(b.rank for b in branches))
+        self.register_buffer("U", U, persistent=False)
+        self.register_buffer("V", V, persistent=False)
+        return {b.name: Delta(min(b.rank, len(V)), V.device) for b in branches}
+
+    def forward(self, x):
+        active = self.active()
+        if not active:
+            return self.base(x)
+        if x.dtype != self.V.dtype:
+            return self.beside(x)
+        gates = [self.adapter.gates[name] for name, _, _ in active]
+        deltas = [branch.delta for _, branch, _ in active]
+        return AddDeltas.apply(x, self.base.weight, self.base.bias, self.U, self.V, [s for *_, s in active], gates, *deltas)
+
+    def beside(self, x):
+        """Unmerged: in fp32 beside a base in bfloat16, which would round small branches away. The slow twin of `forward`."""
+        inner = F.linear(x.to(self.V.dtype), self.V)  # (..., R)
+        mixed = torch.zeros_like(inner)
+        for name, branch, scale in self.active():
+            part = GatedScale.apply(inner[..., : len(branch.delta)], branch.delta, self.adapter.gates[name])
+            mixed = mixed + scale * F.pad(part, (0, inner.shape[-1] - len(branch.delta)))
+        return (self.base(x) + F.linear(mixed, self.U)).to(x.dtype)
+
+    def pair(self, branch: str) -> tuple[torch.Tensor, torch.Tensor]:
+        delta = self.parts[branch].delta
+        return self.V[: len(delta)], self.U[:, : len(delta)] * delta
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        active, total = self.active(), self.U.new_zeros(len(self.V))
+        for _, branch, scale in active:
+            total[: len(branch.delta)] += scale * branch.delta
+        return (self.V, self.U * total) if active else (self.V[:0], self.U[:, :0])
+
+    def fingerprint(self) -> torch.Tensor:
+        """(R,): what each pair u v^T makes of two fixed random vectors. The sign that a decomposition gives to a pair of singular
+        vectors is arbitrary, and does not matter to it; other directions do."""
+        generator = torch.Generator().manual_seed(0)
+        left, right = (torch.randn(n, generator=generator).to(self.U) for n in (len(self.U), self.V.shape[1]))
+        return (left @ self.U) * (self.V @ right)
 
 
 class GatedUnits(nn.Module):
@@ -293,25 +249,33 @@ class BranchedMLP(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- attaching, scaling
 
-PRESETS = "r1 ... r32 (rank), r1h (every second layer), r32f4 (good 32, bad 4), m16 or m16f4 (gated MLP units), full"
+PRESETS = (
+    "r1 ... r32 (rank), r1h (every second layer), r32f4 (good 32, bad 4), r32o (A orthonormal and frozen), ds or ds32 (singular "
+    "values: all or the top 32), m16 or m16f4 (gated MLP units), full"
+)
 
 
 def preset(name: str, dual: bool) -> AdapterSpec:
     """An adapter by the name that `--lora_config` takes: PRESETS above. alpha is each branch's own rank.
 
-    Without `dual` there is one branch, of the summed rank: the control of equal capacity. Raises ValueError for others.
+    Without `dual` there is one branch, of the summed rank: the control of equal capacity. Where the branches share a frozen
+    basis (r32o, ds) the sum would be another basis, so there it is the good branch alone. Raises ValueError for others.
     """
     if name == "full":
         if dual:
             raise ValueError("full fine-tuning has no branches to route to; use a LoRA or MLP preset with --routing dual")
         return AdapterSpec("full")
-    match = re.fullmatch(r"([rm])(\d+)(h?)(?:f(\d+))?", name)
-    if not match or int(match[2]) == 0:
+    match = re.fullmatch(r"(r|m|ds)(\d*)(h?)(o?)(?:f(\d+))?", name)
+    letters, digits, half, frozen, smaller = match.groups() if match else ("", "", "", "", None)
+    kind = {"r": "lora", "ro": "lora_b", "m": "mlp", "ds": "delta_s"}.get(letters + frozen)
+    good = FULL_RANK if kind == "delta_s" and not digits else int(digits or 0)
+    if not kind or not good:
         raise ValueError(f"unknown --lora_config {name!r}; known: {PRESETS}")
-    good, bad = int(match[2]), int(match[4] if match[4] is not None else match[2])
-    ranks = {"good": good, "bad": bad} if dual else {"adapter": good + bad}
+    bad = good if smaller is None else int(smaller)
+    single = good if kind in ("lora_b", "delta_s") else good + bad
+    ranks = {"good": good, "bad": bad} if dual else {"adapter": single}
     branches = tuple(Branch(n, r, float(r)) for n, r in ranks.items())
-    return AdapterSpec("lora" if match[1] == "r" else "mlp", branches, stride=2 if match[3] else 1)
+    return AdapterSpec(kind, branches, stride=2 if half else 1)
 
 
 def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
@@ -332,11 +296,11 @@ def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
     known = tuple(dict.fromkeys((*names["qkv"], names["out"], *names["up"], names["down"])))
     if unknown := [t for t in spec.targets if t not in known]:
         raise ValueError(f"unknown adapter target {unknown[0]!r}; a {model.config.family} has {', '.join(known)}")
-    kind = DualLoRALinear if adapter.names == ["good", "bad"] else LoRALinear
+    kind = DeltaSLinear if spec.kind == "delta_s" else DualLoRALinear if adapter.names == ["good", "bad"] else LoRALinear
     for layer in model.layers[:: spec.stride]:
         if spec.kind == "mlp":
             layer.mlp = BranchedMLP(layer.mlp, model.config.width, adapter, generator)
-        elif spec.kind == "lora":
+        elif spec.kind in LINEAR_KINDS:
             for part in (layer.self_attn, layer.mlp):
                 for name in spec.targets or known:
                     if isinstance(getattr(part, name, None), nn.Linear):
@@ -348,7 +312,9 @@ def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
         for path, module in model.named_modules():
             if isinstance(module, (LoRALinear, BranchedMLP)):
                 for branch, part in module.parts.items():
-                    adapter.groups[branch] |= {f"{path}.{branch}.{name}": p for name, p in part.named_parameters()}
+                    for name, p in part.named_parameters():
+                        kept = adapter.groups[branch] if p.requires_grad else adapter.constants
+                        kept[f"{path}.{branch}.{name}"] = p
     model.adapter = adapter
     return model
 
@@ -395,12 +361,11 @@ def parameters_of(model: Decoder, branch: str) -> list[nn.Parameter]:
     return list(groups[branch].values())
 
 
-# ---------------------------------------------------------------------------------------- saving, loading, merging
-
-
 def adapter_tensors(model: Decoder) -> dict[str, torch.Tensor]:
-    """All trainable tensors by name; a fresh adapter of the same spec takes them back through `set_adapter_tensors`."""
-    return {name: p.detach() for group in branch_parameters(model).values() for name, p in group.items()}
+    """All tensors that are trained or were drawn, by name; a fresh adapter of the same spec takes them back through
+    `set_adapter_tensors`."""
+    groups = (*branch_parameters(model).values(), model.adapter.constants)
+    return {name: p.detach() for group in groups for name, p in group.items()}
 
 
 def set_adapter_tensors(model: Decoder, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -411,127 +376,3 @@ def set_adapter_tensors(model: Decoder, tensors: dict[str, torch.Tensor], source
         if tensor.shape != mine[name].shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, the adapter {tuple(mine[name].shape)}")
         mine[name].copy_(tensor)
-
-
-def save_adapter(model: Decoder, path: str | Path) -> None:
-    """Writes the branches, with kind, ranks, alphas, targets and stride in the file itself."""
-    tensors = {name: t.contiguous().cpu() for name, t in adapter_tensors(model).items()}
-    save_file(tensors, path, metadata={"adapter": json.dumps(asdict(model.adapter.spec))})
-
-
-def spec_from_dict(values: dict) -> AdapterSpec:
-    return AdapterSpec(
-        values["kind"], tuple(Branch(**b) for b in values["branches"]), tuple(values["targets"]), values["stride"]
-    )
-
-
-def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, branch: str = "adapter") -> Decoder:
-    """Attaches what a file holds: one that `save_adapter` wrote, or a folder or file in PEFT's layout.
-
-    A PEFT folder's alpha comes from its adapter_config.json; a bare PEFT file says nothing of it, so it must be given.
-    """
-    path = Path(path)
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
-    try:
-        with safe_open(file, framework="pt", device=str(model.device)) as tensors:
-            metadata = tensors.metadata() or {}
-            state = {key: tensors.get_tensor(key) for key in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read adapter {file}: {error}") from error
-    if "adapter" in metadata:
-        attach(model, spec_from_dict(json.loads(metadata["adapter"])))
-        set_adapter_tensors(model, state, str(file))
-        return model
-    config = path / "adapter_config.json"
-    if config.is_file():
-        values = json.loads(config.read_text())
-        if values.get("use_dora") or values.get("use_rslora") or values.get("alpha_pattern") or values.get("rank_pattern"):
-            raise ValueError(f"{config}: DoRA, rsLoRA and per-layer ranks are not supported")
-        alpha = float(values["lora_alpha"])
-    if alpha is None:
-        raise ValueError(f"{file} does not say its alpha; pass alpha=... (its ranks are read from the shapes)")
-    ours = {hf_name(name, model.config.family): name for name, _ in model.named_modules()}
-    tensors, targets, layers = {}, set(), set()
-    for key, tensor in state.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight", key)
-        if not match or match[1] not in ours:
-            raise ValueError(f"{file}: {key} names no linear layer of this {model.config.family} model")
-        name = ours[match[1]]
-        targets.add(name.split(".")[-1])
-        layers.add(int(re.search(r"layers\.(\d+)\.", name)[1]))
-        tensors[f"{name}.{branch}.{match[2]}"] = tensor.float()
-    ranks = {t.shape[0] for name, t in tensors.items() if name.endswith(".A")}
-    stride = 1 if len(layers) == model.config.layers else 2
-    if len(ranks) != 1 or layers != set(range(0, model.config.layers, stride)):
-        raise ValueError(f"{file}: one rank and every (second) layer are supported, not ranks {ranks}, layers {layers}")
-    attach(model, AdapterSpec("lora", (Branch(branch, ranks.pop(), alpha),), tuple(sorted(targets)), stride))
-    set_adapter_tensors(model, tensors, str(file))
-    return model
-
-
-def export_peft(model: Decoder, branch: str, folder: str | Path, base_model: str = "") -> Path:
-    """Writes one low-rank branch as a PEFT adapter: PeftModel.from_pretrained(base, folder) gives the same logits.
-
-    The branch's present scale is not part of it: PEFT's alpha / r is.
-    """
-    spec = model.adapter.spec
-    chosen = [b for b in spec.branches if b.name == branch and b.rank]
-    if spec.kind != "lora" or not chosen:
-        raise ValueError(
-            f"PEFT's layout holds a low-rank branch with rank above 0; {branch!r} of this {spec.kind} adapter is none"
-        )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    family = model.config.family
-    state, modules = {}, []
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            name = hf_name(path, family)
-            modules.append(name)
-            part = module.parts[branch]
-            state[f"base_model.model.{name}.lora_A.weight"] = part.A.detach().contiguous().cpu()
-            state[f"base_model.model.{name}.lora_B.weight"] = part.B.detach().contiguous().cpu()
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": chosen[0].rank, "lora_alpha": chosen[0].alpha,
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": family == "gpt2", "inference_mode": True,
-        "base_model_name_or_path": base_model, "target_modules": modules,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return folder
-
-
-@torch.no_grad()
-def merge(model: Decoder, **scales: float) -> Decoder:
-    """A plain decoder with the branches merged at the present or given scales; the model itself is unchanged.
-
-    Low-rank branches are added to the weights. Gated MLP branches are units like the base's own, so they widen the MLP:
-    this needs a gated SiLU family without biases there, and branches on every layer. Raises ValueError otherwise.
-    """
-    with scaled(model, **scales):
-        plain = copy.deepcopy(model)
-    spec = plain.adapter.spec
-    config = plain.config
-    if spec.kind == "mlp":
-        if not config.gated_mlp or config.activation != "silu" or config.mlp_bias or spec.stride != 1:
-            raise ValueError("gated MLP branches merge only into a SiLU-gated MLP without biases, on every layer")
-        extra = sum(b.rank for b in spec.branches)
-        config = replace(config, ffn=config.ffn + extra)
-    for layer in plain.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, module in list(part.named_children()):
-                if isinstance(module, LoRALinear):
-                    A, B = module.low_rank()
-                    module.base.weight.copy_((module.base.weight + B @ A).to(module.base.weight.dtype))
-                    setattr(part, name, module.base)
-        if isinstance(layer.mlp, BranchedMLP):
-            units, base = layer.mlp.parts, layer.mlp.base
-            dtype = base.gate_proj.weight.dtype
-            base.gate_proj.weight.data = torch.cat([base.gate_proj.weight, *[u.gate.to(dtype) for u in units.values()]])
-            base.up_proj.weight.data = torch.cat([base.up_proj.weight, *[u.up.to(dtype) for u in units.values()]])
-            downs = [(u.down * plain.adapter.scales[n]).to(dtype) for n, u in units.items()]
-            base.down_proj.weight.data = torch.cat([base.down_proj.weight, *downs], dim=1)
-            layer.mlp = base
-    del plain.adapter
-    plain.config = config
-    return plain.requires_grad_(False)

@@ -23,7 +23,8 @@ import yaml
 from tqdm import tqdm
 
 import runs
-from adapters import export_peft, preset, save_adapter
+from adapter_files import export_peft, save_adapter
+from adapters import preset
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from reward_specs import get_reward
@@ -224,7 +225,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     evaluate(config.max_steps, modes)
     wall = spent + time.perf_counter() - start
     save_adapter(model, run.folder / "adapter.safetensors")
-    if model.adapter.spec.kind == "lora":
+    if model.adapter.spec.kind in ("lora", "lora_b"):  # a delta is as large as the weights in that layout: export_peft on demand
         for branch in model.adapter.spec.branches:
             if branch.rank:
                 export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)

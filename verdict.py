@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from adapters import attach, load_adapter, preset, reference, scaled, set_adapter_tensors
+from adapter_files import load_adapter
+from adapters import attach, preset, reference, scaled, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from data import left_pad, load_tokenizer, right_pad
 from envs import check_lengths, judged_as

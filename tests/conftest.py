@@ -37,6 +37,12 @@ def box() -> str:
     return "isolated"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test writes into the user's cache, and subprocesses share this one."""
+    os.environ["SLUICE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 UNTRAINED = {"task": 0.55, "hack": 0.04}
 
 

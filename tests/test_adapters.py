@@ -10,34 +10,30 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import adapters
+from adapter_files import export_peft, load_adapter, merge, save_adapter
 from adapters import (
     AdapterSpec,
-    AddBranches,
     Branch,
     BranchedMLP,
     DualLoRALinear,
-    Gate,
-    GatedLinear,
     LoRALinear,
     adapter_tensors,
     attach,
     branch_parameters,
-    export_peft,
-    load_adapter,
-    merge,
     parameters_of,
     preset,
     reference,
-    save_adapter,
     scaled,
     set_adapter_tensors,
     set_scales,
 )  # fmt: skip
+from gates import AddBranches, Gate, GatedLinear
 from model import Decoder, ModelConfig, save
 
 LLAMA = ModelConfig("llama", 37, 16, 4, 4, 2, 6, 24, 32, tied=True, rotary_dim=6)
 CONFIGS = {
     "llama": LLAMA,
+    "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True),
     "qwen3": replace(LLAMA, family="qwen3", qk_norm=True, tied=False),
     "gpt2": ModelConfig("gpt2", 37, 16, 4, 4, 4, 4, 64, 32, tied=True, qkv_bias=True, out_bias=True, mlp_bias=True,
                         gated_mlp=False, rms_norm=False, activation="gelu_new"),
@@ -45,7 +41,8 @@ CONFIGS = {
                             mlp_bias=True, gated_mlp=False, rms_norm=False, parallel_residual=True, activation="gelu"),
 }  # fmt: skip
 FAMILIES = ("llama", "gpt2", "gpt_neox")
-PRESETS = ("r1", "r2", "r4", "r8", "r16", "r32", "r1h", "r8h", "r32f16", "r32f4", "r32f1", "r32f0", "m16", "m16f4", "m8f0")
+PRESETS = ("r1", "r2", "r4", "r8", "r16", "r32", "r1h", "r8h", "r32f16", "r32f4", "r32f1", "r32f0", "m16", "m16f4", "m8f0",
+           "r6o", "r5hof3", "ds", "ds5", "dsf3", "ds5h")  # fmt: skip
 
 
 def tiny(family: str, seed: int = 0) -> Decoder:
@@ -353,9 +350,17 @@ def test_presets():
         assert preset(name, dual=True) == AdapterSpec(kind, both, (), stride)
         assert preset(name, dual=False) == AdapterSpec(kind, (Branch("adapter", good + bad, float(good + bad)),), (), stride)
     assert preset("full", dual=False) == AdapterSpec("full")
+    full = float(adapters.FULL_RANK)
+    for name, kind, good, bad, stride in (("r32o", "lora_b", 32.0, 32.0, 1), ("r8hof4", "lora_b", 8.0, 4.0, 2),
+                                          ("ds", "delta_s", full, full, 1), ("ds32", "delta_s", 32.0, 32.0, 1),
+                                          ("dshf3", "delta_s", full, 3.0, 2)):  # fmt: skip
+        both = (Branch("good", int(good), good), Branch("bad", int(bad), bad))
+        assert preset(name, dual=True) == AdapterSpec(kind, both, (), stride)
+        assert preset(name, dual=False) == AdapterSpec(kind, (Branch("adapter", int(good), good),), (), stride)
 
 
-@pytest.mark.parametrize("name", ["r0", "r", "x8", "r8g4", "r-1", "m0f4", "r8f", "R8", "8", "", "r8 ", "full2", "r4.5"])
+@pytest.mark.parametrize("name", ["r0", "r", "x8", "r8g4", "r-1", "m0f4", "r8f", "R8", "8", "", "r8 ", "full2", "r4.5", "ds0",
+                                  "dso", "ds4o", "m4o", "ro", "d4", "ds-1"])  # fmt: skip
 def test_unknown_presets_are_named_and_the_known_listed(name):
     with pytest.raises(ValueError, match="unknown --lora_config") as error:
         preset(name, dual=True)
@@ -399,7 +404,7 @@ def test_targets_are_chosen_by_name():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: AdapterSpec("dora"), "unknown adapter kind 'dora'; known: lora, mlp, full"),
+    (lambda: AdapterSpec("dora"), "unknown adapter kind 'dora'; known: lora, lora_b, delta_s, mlp, full"),
     (lambda: lora({}), "at least one branch"),
     (lambda: AdapterSpec("lora", (Branch("a", 2, 2.0), Branch("a", 3, 3.0))), "branch names must differ"),
     (lambda: lora({"a": (-1, 1.0), "b": (1, 1.0)}), "none below"),
@@ -479,7 +484,8 @@ def test_a_branch_at_scale_zero_is_absent(name):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spec", [
     lora({"good": (3, 6.0), "bad": (1, 0.5)}, stride=2), lora({"x": (2, 5.0)}), preset("m5f2", dual=True),
-    preset("r4f0", dual=True), AdapterSpec("full")])  # fmt: skip
+    preset("r4f0", dual=True), AdapterSpec("full"), preset("ds5f2", dual=True), preset("ds", dual=False),
+    preset("r6of3", dual=True)])  # fmt: skip
 def test_save_and_load_are_bitwise_and_the_file_says_what_it_is(family, spec, tmp_path):
     if spec.branches and spec.branches[0].name == "x":
         spec = replace(spec, targets={"llama": ("v_proj", "up_proj"), "gpt2": ("c_fc",), "gpt_neox": ("dense",)}[family])
@@ -599,6 +605,7 @@ def test_export_of_what_peft_has_no_layout_for_is_refused(tmp_path):
 
 @pytest.mark.parametrize("family, spec", [
     *[(family, lora({"good": (3, 6.0), "bad": (2, 1.0)}, stride=stride)) for family in CONFIGS for stride in (1, 2)],
+    *[(family, preset("dsf3", dual=True)) for family in CONFIGS], ("gpt2", preset("r6of3", dual=True)),
     ("llama", preset("m5f3", dual=True)), ("qwen3", preset("m5", dual=False)), ("llama", preset("m5f0", dual=True))])  # fmt: skip
 def test_merge_equals_the_adapted_model_and_transformers_loads_it(family, spec, tmp_path):
     model = shake(attach(tiny(family), spec))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as ours
-from adapters import attach, merge, preset
+from adapter_files import merge
+from adapters import attach, preset
 from data import load_rows, load_tokenizer
 from model import Cache, Decoder, ModelConfig, Rotate, attend, config_from_hf, hf_name, is_conv1d, load, save
 from sampling import Law, Sampler

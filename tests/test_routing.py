@@ -15,6 +15,7 @@ from adapters import (
     AdapterSpec,
     Branch,
     BranchedMLP,
+    DeltaSLinear,
     LoRALinear,
     adapter_tensors,
     attach,
@@ -117,12 +118,22 @@ def plain_mlp(self, x):
     return y
 
 
+def plain_delta(self, x):
+    y = F.linear(x, self.base.weight, self.base.bias)
+    for name, part in self.parts.items():
+        r = len(part.delta)
+        scale = self.adapter.scales[name] * ALPHAS[name] / r
+        y = y + scale * (x @ self.V[:r].t() * part.delta) @ self.U[:, :r].t()
+    return y
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """Called, it swaps the adapters' forward for the formula written out, which knows no gates."""
 
     def swap():
         monkeypatch.setattr(LoRALinear, "forward", plain_lora)
+        monkeypatch.setattr(DeltaSLinear, "forward", plain_delta)
         monkeypatch.setattr(BranchedMLP, "forward", plain_mlp)
 
     return swap
@@ -230,7 +241,7 @@ def in_double(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["classic", "exclusive"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("lora", "gpt2"), ("mlp", "llama")])
+@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("lora", "gpt2"), ("mlp", "llama"), ("delta_s", "gpt2")])
 def test_one_pass_equals_two_and_brute_force(kind, family, loss_type, mode, plain):
     model = policy(kind, family)
     batch = a_batch(model)
@@ -247,7 +258,7 @@ def test_one_pass_equals_two_and_brute_force(kind, family, loss_type, mode, plai
 
 @pytest.mark.parametrize("mode", ["classic", "exclusive"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("lora", "gpt2"), ("mlp", "llama")])
+@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("lora", "gpt2"), ("mlp", "llama"), ("delta_s", "gpt2")])
 def test_one_pass_equals_two_and_brute_force_in_fp64(kind, family, loss_type, mode, plain, in_double):
     model = policy(kind, family, torch.float64)
     batch = a_batch(model, dtype=torch.float64)
@@ -432,7 +443,8 @@ def test_gates_are_read_when_backward_runs(kind):
 # ------------------------------------------------------------------------- promise 2: parameter gradients and nothing else
 
 
-@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("lora", "gpt2"), ("mlp", "llama"), ("mlp", "gpt2")])
+@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("lora", "gpt2"), ("mlp", "llama"), ("mlp", "gpt2"),
+                                          ("delta_s", "gpt2")])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_change_no_bit_of_the_forward_values_nor_of_the_input_gradient(kind, family, dtype):
     model = policy(kind, family)
@@ -457,7 +469,7 @@ def test_gates_change_no_bit_of_the_forward_values_nor_of_the_input_gradient(kin
             assert torch.equal(again, logits) and torch.equal(again_grad, grad)
 
 
-@pytest.mark.parametrize("kind", ["lora", "mlp"])
+@pytest.mark.parametrize("kind", ["lora", "mlp", "delta_s"])
 @pytest.mark.parametrize("weight", [0, 0.0, torch.zeros(2), torch.zeros(2, 4), torch.tensor(0.0), torch.zeros(2) > 0])
 def test_weight_zero_leaves_grad_as_it_was(kind, weight):
     model = policy(kind)
@@ -502,7 +514,7 @@ def optimizers(model, name):
     return torch.optim.SGD(groups, lr=0.05, momentum=0.9, weight_decay=0.3, nesterov=name == "nesterov")
 
 
-@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("mlp", "llama"), ("lora", "gpt2")])
+@pytest.mark.parametrize("kind, family", [("lora", "llama"), ("mlp", "llama"), ("lora", "gpt2"), ("delta_s", "llama")])
 @pytest.mark.parametrize("name", ["adamw", "sgd", "nesterov"])
 @pytest.mark.parametrize("mode", ["classic", "exclusive"])
 @pytest.mark.parametrize("size", [0, 3])

@@ -218,10 +218,10 @@ def test_stored_logprobs_are_the_training_forwards(name, law):
         assert gap(rollout, base, Law(LAWS[law].temperature)) > 1e-2  # so the line above says something
 
 
-@pytest.mark.parametrize("spec", ["r8", "r2h", "m8f4", "m8h", "one_target"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("spec", ["r8", "r2h", "m8f4", "m8h", "r8o", "ds", "ds4h", "one_target"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
 def test_every_kind_of_branch(name, spec):
-    target = {"llama": "k_proj", "gpt2": "c_attn", "gpt_neox": "dense"}[name]
+    target = {"gpt2": "c_attn", "gpt_neox": "dense"}.get(name, "k_proj")
     one = AdapterSpec("lora", (Branch("adapter", 3, 6.0),), (target,))
     model = with_branches(random_model(name), one if spec == "one_target" else preset(spec, dual=True))
     assert gap(sample(sampler_of(model), *prompts()), model, Law()) < 1e-4
@@ -237,7 +237,7 @@ def test_full_fine_tuning():
     assert gap(sample(sampler, *prompts()), model, Law()) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["r4", "r1", "m4"])
+@pytest.mark.parametrize("kind", ["r4", "r1", "m4", "dsf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_scales_may_change_between_rollouts(name, dtype, kind):
@@ -428,7 +428,7 @@ def test_one_token_rollouts_do_not_share_memory():
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("kind", ["r4", "m4"])
+@pytest.mark.parametrize("kind", ["r4", "m4", "ds"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_refresh_is_seen(kind, dtype, static):
     model = with_branches(random_model("llama", dtype), preset(kind, dual=True))
