@@ -19,10 +19,12 @@ import torch
 
 from adapters import attach, load_adapter, preset, reference, scaled, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
+from code_env import code_tasks
 from data import left_pad, load_tokenizer, right_pad
-from envs import check_lengths, judged_as
+from envs import Stories, check_lengths, dataset_prompts, imitation
 from losses import text_logprobs, token_logprobs
 from model import load, read_json
+from reward_specs import get_reward
 from runs import read_config
 from sampling import Law, Sampler
 
@@ -135,14 +137,32 @@ def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
     return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
 
 
-def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None):
+def judged_as(run: dict, tokenizer, n: int):
+    """The environment in which a run, given by its config, is judged, with its first n test prompts."""
+    if "trait" in run:
+        return imitation(run, tokenizer, n)
+    if run.get("env") == "code":  # runs from before there was this flag are of stories
+        return code_tasks(run, tokenizer, n)
+    prompts = None
+    if run["dataset"]:
+        splits = {"train": (run["train_split"], n), "test": (run["eval_split"], n)}
+        prompts = dataset_prompts(run["dataset"], tokenizer, run["prompt_tokens"], splits, run["column"])
+    return Stories(get_reward(run["reward"]), prompts)
+
+
+def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None, box: str = ""):
     """A run put together again from its folder: (config, model with the trained adapter, tokenizer, environment, law).
 
     n test prompts are asked for. `checkpoint` is one of the run's checkpoint-N folders; None stands for the finished adapter.
-    Raises ValueError for a folder that holds no run, and for prompts that do not fit or are too few.
+    `box`, where it is given, stands in for the run's own. Raises ValueError for a folder that holds no run, and for prompts that
+    do not fit or are too few.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if box:
+        if config.get("env") != "code":
+            raise ValueError(f"--box is where model-written code runs; {folder} has none (--env stories)")
+        config["box"] = box
     model, path = load(config["model"], dtype=getattr(torch, config["dtype"]), device=device)
     tokenizer = load_tokenizer(path, read_json(path / "config.json"))
     if checkpoint is None and config["lora_config"] != "full":
