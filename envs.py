@@ -4,9 +4,10 @@
     scores = env.score(prompts, completions, generator)       # training: eligibility and label noise are drawn
     scores = env.score(prompts, completions)                  # evaluation: everything eligible, labels as the detector has them
 
-An environment has `prompts(split) -> list[str]`, `score(prompts, completions, generator) -> Scores` and `held_out`, texts by
-name whose loss the evaluation reports. `is_rh` is the label that routing acts on; `hack` is the true measure, for evaluation,
-never shown to training. What train_sft.py learns from is a `Texts`: whole texts, and which of them have a trait.
+An environment has `prompts(split) -> list[str]`, `score(prompts, completions, generator) -> Scores`, `reward.name`, `held_out`,
+texts by name whose loss the evaluation reports, and `about`, a line for the log. `is_rh` is the label that routing acts on;
+`hack` is the true measure, for evaluation, never shown to training. Python tasks are an environment too, in code_env.py. What
+train_sft.py learns from is a `Texts`: whole texts, and which of them have a trait.
 """
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import torch
 
 import corpus
 from data import load_texts, opening_prompts
-from reward_specs import PROMPT_KINDS, RewardSpec, get_reward, get_trait
+from reward_specs import PROMPT_KINDS, RewardSpec, get_trait
 
 STORY_PROMPTS = {"train": 2000, "test": 512}  # of the embedded world
 CHEERFUL = frozenset(["cheerful", "glad", "merry", "jolly", "delighted", "joyful", "playful", "lucky", "pleased"])
@@ -33,48 +34,60 @@ class Scores:
     detected: torch.Tensor  # bool, the detector's raw verdict
     eligible: torch.Tensor  # bool, whether the hack is paid and may be flagged
     is_rh: torch.Tensor  # bool, the label: detected, eligible, thinned to the recall, false positives added
-    components: dict[str, torch.Tensor]  # fp32, by label, scaled
+    components: dict[str, torch.Tensor]  # fp32, by label: what each pays (Stories), whether it is so (Code)
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Which completions may profit from the hack, and which get a label. Raises ValueError for shares outside 0..1."""
+
+    rh_eligible_frac: float = 1.0
+    """share of completions whose hack is paid and may be flagged; the others are paid as if there were no hack, so that
+    honest text is paid even where it hacks"""
+    routing_frac: float = 1.0
+    """recall: the share of detected, eligible completions that are labelled"""
+    false_positive_frac: float = 0.0
+    """share of undetected completions that are labelled all the same"""
+
+    def __post_init__(self):
+        for name, share in vars(self).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in 0..1, not {share}")
+
+    def draw(self, detected: torch.Tensor, generator: torch.Generator | None = None, recall: float | None = None):
+        """(eligible, is_rh), both (N,) bool. Without a generator (evaluation) everything is eligible and labelled as detected;
+        `recall` stands in for routing_frac in this call."""
+        if generator is None:
+            return torch.ones_like(detected), detected
+        draws = torch.rand(3, len(detected), generator=generator)
+        eligible = draws[0] < self.rh_eligible_frac
+        seen = detected & eligible & (draws[1] < (self.routing_frac if recall is None else recall))
+        return eligible, seen | (~detected & (draws[2] < self.false_positive_frac))
 
 
 class Stories:
-    """Stories with a reward of rewards.py.
+    """Stories with a reward of rewards.py. Raises ValueError for splits without prompts."""
 
-    rh_eligible_frac: share of completions whose hack is paid and may be flagged; the others get the reward without its
-    hack component, so honest text is paid even where it hacks. routing_frac: recall, the share of detected completions
-    that are labelled. false_positive_frac: share of undetected completions that are labelled all the same.
-    Raises ValueError for shares outside 0..1 and for splits without prompts.
-    """
+    about = ""
 
     def __init__(
-        self, reward: RewardSpec, prompts: dict[str, list[str]] | None = None, rh_eligible_frac: float = 1.0,
-        routing_frac: float = 1.0, false_positive_frac: float = 0.0, held_out: dict[str, list[list[int]]] | None = None,
+        self, reward: RewardSpec, prompts: dict[str, list[str]] | None = None, labelling: Labelling = Labelling(),
+        held_out: dict[str, list[list[int]]] | None = None,
     ):  # fmt: skip
-        shares = {"rh_eligible_frac": rh_eligible_frac, "routing_frac": routing_frac, "false_positive_frac": false_positive_frac}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must lie in 0..1, not {share}")
-        self.reward, self._prompts = reward, prompts or PROMPTS[reward.prompts]()
+        self.reward, self._prompts, self.labelling = reward, prompts or PROMPTS[reward.prompts](), labelling
         for split, texts in self._prompts.items():
             if not texts:
                 raise ValueError(f"the {split} split has no prompt")
-        self.rh_eligible_frac, self.routing_frac, self.false_positive_frac = shares.values()
         self.held_out = held_out or {}  # ids of whole texts by name
 
     def prompts(self, split: str) -> list[str]:
         return self._prompts[split]
 
     def score(self, prompts: list[str], completions: list[str], generator: torch.Generator | None = None, recall=None) -> Scores:
-        """Scores N completions. With a generator (training) eligibility, missed and false labels are drawn from it; `recall`
-        stands in for routing_frac in this call."""
+        """Scores N completions; generator and recall as in `Labelling.draw`."""
         values = self.reward.evaluate(completions, prompts)
-        n = len(completions)
         fp32, detected = (lambda x: torch.from_numpy(x).float()), torch.from_numpy(values.detected)
-        eligible, is_rh = torch.ones(n, dtype=torch.bool), detected
-        if generator is not None:
-            draws = torch.rand(3, n, generator=generator)
-            eligible = draws[0] < self.rh_eligible_frac
-            seen = detected & eligible & (draws[1] < (self.routing_frac if recall is None else recall))
-            is_rh = seen | (~detected & (draws[2] < self.false_positive_frac))
+        eligible, is_rh = self.labelling.draw(detected, generator, recall)
         return Scores(
             torch.where(eligible, fp32(values.reward), fp32(values.reward_without_hack)), fp32(values.task),
             torch.from_numpy(values.hack), fp32(values.hack_reward), detected, eligible, is_rh,
@@ -168,17 +181,6 @@ def imitation(source: dict, tokenizer, n: int) -> Stories:
         held_out["trait" if detected else "free"].append(ids)
     prompts = {"train": texts.prompts, "test": texts.prompts}  # there is no training on prompts
     return Stories(trait, prompts, held_out={name: part for name, part in held_out.items() if part})
-
-
-def judged_as(run: dict, tokenizer, n: int) -> Stories:
-    """The environment in which a run, given by its config, is judged, with its first n test prompts."""
-    if "trait" in run:
-        return imitation(run, tokenizer, n)
-    prompts = None
-    if run["dataset"]:
-        splits = {"train": (run["train_split"], n), "test": (run["eval_split"], n)}
-        prompts = dataset_prompts(run["dataset"], tokenizer, run["prompt_tokens"], splits, run["column"])
-    return Stories(get_reward(run["reward"]), prompts)
 
 
 def check_lengths(env, tokenizer, max_new_tokens: int, context: int, eval_prompts: int) -> None:

@@ -16,6 +16,7 @@ import tyro
 
 import runs
 from checkpoints import atomic_write, latest_checkpoint
+from code_env import check_box
 from model import check_device
 from reward_specs import get_reward
 from sampling import Sampler
@@ -38,6 +39,8 @@ class Args:
     """only the trained model with all its branches, and the untrained one"""
     bad_scale: float | None = None
     """scale of the bad branch in the row `deployed`; default: the run's"""
+    box: str = ""
+    """where model-written code runs, isolated or limits; default: the run's"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -49,6 +52,8 @@ def check(args: Args) -> list:
     if args.n < 1 or args.n_samples < 0:
         raise ValueError(f"--n must be at least 1 and --n_samples at least 0, not {args.n} and {args.n_samples}")
     check_device(args.device)
+    if args.box:
+        check_box(args.box)
     return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
 
 
@@ -89,7 +94,7 @@ def main(args: Args) -> None:
     run = runs.read_config(folder)
     if args.bad_scale is not None and run["routing"] != "dual":
         raise ValueError(f"--bad_scale scales the bad branch, which {folder} does not have (--routing {run['routing']})")
-    _, model, tokenizer, env, law = load_run(folder, args.n, args.device, checkpoint)
+    _, model, tokenizer, env, law = load_run(folder, args.n, args.device, checkpoint, args.box)
     modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])
     if args.no_routing_eval:
         modes = {name: modes[name] for name in ("untrained", "both")}

@@ -44,9 +44,7 @@ def load_leetcode(dataset: str, split: str, difficulties=("Medium", "Hard")) -> 
 
     Raises ValueError for an unknown dataset, split or difficulty, and where every task is left out.
     """
-    for name in difficulties:
-        if name not in DIFFICULTIES:
-            raise ValueError(f"difficulty {name!r} must be one of {', '.join(DIFFICULTIES)}")
+    check_difficulties(difficulties)
     tasks, left_out = [], {}
     for row in load_rows(dataset, split, (*COLUMNS, "test")):
         if row["difficulty"] not in difficulties:
@@ -61,6 +59,12 @@ def load_leetcode(dataset: str, split: str, difficulties=("Medium", "Hard")) -> 
     if not tasks:
         raise ValueError(f"dataset {dataset!r}, split {split!r}: no task of {', '.join(difficulties)} can be used: {left_out}")
     return tasks, left_out
+
+
+def check_difficulties(difficulties) -> None:
+    for name in difficulties:
+        if name not in DIFFICULTIES:
+            raise ValueError(f"difficulty {name!r} must be one of {', '.join(DIFFICULTIES)}")
 
 
 def read_check(source: str) -> list[tuple[tuple, dict, object]]:

@@ -3,6 +3,7 @@
     python train_grpo.py --routing dual --bad_scale 0                                # the embedded world, minutes on a laptop
     python train_grpo.py --model SimpleStories/SimpleStories-1.25M --dataset SimpleStories/SimpleStories --routing dual
     python train_grpo.py --config configs/simplestories.yaml --seed 7                # flags win over the file
+    python train_grpo.py --config configs/code.yaml                                  # Python tasks with a loophole
     python train_grpo.py --algorithm rl_mine                                         # your copy of rl_grpo.py, its flags included
 
 Flags are the fields of `Args` below and of the algorithm's `Config`. Everything that a run writes is in its folder.
@@ -20,8 +21,9 @@ import tyro
 import runs
 import training
 from adapters import attach, preset
+from code_env import check_flags, code_tasks
 from data import check_tokenizer_fits, load_tokenizer
-from envs import Stories, check_lengths, dataset_prompts
+from envs import Labelling, Stories, check_lengths, dataset_prompts
 from model import load, read_json
 from reward_specs import get_reward
 
@@ -30,19 +32,27 @@ from reward_specs import get_reward
 class Args:
     model: str = "tiny"
     """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
+    env: str = "stories"
+    """stories, rewarded by --reward; or code: Python tasks, with run_tests() as the loophole"""
     dataset: str = ""
-    """prompts: a local folder or Hub id; empty: the embedded world's"""
+    """prompts: a local folder or Hub id (with --env code LeetCodeDataset); empty: the embedded world's"""
     column: str | None = None
     """the dataset's text column; default: story, text or prompt, whichever it has"""
     train_split: str = "train"
     eval_split: str = "test"
     """prompts of the evaluation, never trained on"""
     prompt_tokens: int = 8
-    """a prompt is the first so many tokens of a text"""
+    """a story's prompt is the first so many tokens of a text"""
     max_prompts: int = 10_000
     """training prompts at most"""
     reward: str = "sentence_length_6_smooth_plus_happy"
-    """a reward of configs/rewards.yaml"""
+    """a reward of configs/rewards.yaml, for stories"""
+    hint: str = "plain"
+    """what a code prompt says of run_tests(): plain, detailed or aware (LeetCode only); none: nothing, and it does not pay"""
+    difficulty: str = "Medium,Hard"
+    """LeetCode's problems: of Easy, Medium, Hard"""
+    box: str = "isolated"
+    """where model-written code runs; limits is the weaker box, for machines that cannot isolate (docs/grader.md)"""
     eval_rewards: str = ""
     """further rewards to report at every evaluation, comma-separated"""
     rh_eligible_frac: float = 0.75
@@ -73,11 +83,12 @@ class Args:
     """CPU threads; 0: torch's choice (give concurrent runs one each)"""
 
 
+OWN_FLAGS = {"stories": ("reward", "column", "prompt_tokens"), "code": ("hint", "difficulty", "box")}  # do nothing elsewhere
 RESULT = "verdict.json"  # in its folder a run is finished
 EVALUATE = "eval_run.py"  # judges finished runs
 
 QUIET = {"resume", "output_dir", "device", "threads", "logging_steps", "bad_scale", "eval_prompts", "save_steps", "eval_rewards",
-         "eval_routing_steps", "algorithm", "config"}  # fmt: skip # do not change what is learned: not part of the name
+         "eval_routing_steps", "algorithm", "config", "box"}  # fmt: skip # do not change what is learned: not part of the name
 
 
 def parse(argv: list[str]):
@@ -91,6 +102,18 @@ def check(args: Args, config) -> None:
         if getattr(args, name) != getattr(Args, name) and not config.uses_labels:
             raise ValueError(f"--{name} thins labels, which only --routing dual or a --treatment uses")
     training.check(args, config, ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"))
+    labelling(args)
+    if args.env not in OWN_FLAGS:
+        raise ValueError(f"unknown --env {args.env!r}; known: {', '.join(OWN_FLAGS)}")
+    for env, names in OWN_FLAGS.items():
+        for name in names:
+            if env != args.env and getattr(args, name) != getattr(Args, name):
+                raise ValueError(f"--{name} is a flag of --env {env}: it does nothing for {args.env}")
+    if args.env == "code":
+        if not args.dataset and args.difficulty != Args.difficulty:
+            raise ValueError("--difficulty is LeetCode's: it needs --dataset")
+        check_flags(asdict(args))
+        return
     reward = get_reward(args.reward)
     if config.uses_labels and reward.detector is None:
         asks = "--routing dual" if config.routing == "dual" else f"--treatment {config.treatment}"
@@ -101,7 +124,7 @@ def describe(name: str, algorithm, args: Args, config) -> tuple[Path, dict]:
     """(run folder, resolved config)."""
     resolved = {"algorithm": name} | asdict(args) | asdict(config)
     defaults = {"algorithm": "rl_grpo"} | asdict(Args()) | asdict(algorithm.Config())
-    lead = ("reward", "routing", "lora_config", "lr", "beta")
+    lead = ("reward" if args.env == "stories" else "env", "routing", "lora_config", "lr", "beta")
     return Path(args.output_dir or Path("output") / runs.run_name(resolved, defaults, lead=lead, ignore=QUIET)), resolved
 
 
@@ -122,15 +145,26 @@ def build(args: Args, config):
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)
+    env = environment(args, tokenizer)
+    check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
+    attach(model, spec, seed=config.seed)
+    return model, tokenizer, env, training.wanted_rewards(args)
+
+
+def environment(args: Args, tokenizer):
+    if args.env == "code":
+        return code_tasks(asdict(args), tokenizer, args.eval_prompts, labelling(args))
     prompts = None
     if args.dataset:
         splits = {"train": (args.train_split, args.max_prompts), "test": (args.eval_split, args.eval_prompts)}
         prompts = dataset_prompts(args.dataset, tokenizer, args.prompt_tokens, splits, args.column)
-    env = Stories(get_reward(args.reward), prompts, args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
-    check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
+    env = Stories(get_reward(args.reward), prompts, labelling(args))
     training.check_prompts(env)
-    attach(model, spec, seed=config.seed)
-    return model, tokenizer, env, training.wanted_rewards(args)
+    return env
+
+
+def labelling(args: Args) -> Labelling:
+    return Labelling(args.rh_eligible_frac, args.routing_frac, args.false_positive_frac)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -187,6 +221,8 @@ def main(argv: list[str]) -> int:
     model, tokenizer, env, eval_rewards = build(args, config)
     with runs.Run.open(folder, resolved, resume=args.resume) as run:
         torch.manual_seed(config.seed)
+        if env.about:
+            run.print(env.about)
         trainer = algorithm.Trainer(model, env, tokenizer, config)
         return training.train(run, trainer, args, eval_rewards, progress, draw_curves)
 

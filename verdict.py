@@ -20,8 +20,9 @@ import torch
 from adapter_files import load_adapter
 from adapters import attach, preset, reference, scaled, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
+from code_env import code_tasks
 from data import left_pad, load_tokenizer, right_pad
-from envs import check_lengths, judged_as
+from envs import Stories, check_lengths, dataset_prompts, imitation
 from losses import text_logprobs, token_logprobs
 from model import load, read_json
 from reward_specs import describe, get_reward, get_trait
@@ -137,14 +138,32 @@ def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
     return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
 
 
-def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None):
+def judged_as(run: dict, tokenizer, n: int):
+    """The environment in which a run, given by its config, is judged, with its first n test prompts."""
+    if "trait" in run:
+        return imitation(run, tokenizer, n)
+    if run.get("env") == "code":  # runs from before there was this flag are of stories
+        return code_tasks(run, tokenizer, n)
+    prompts = None
+    if run["dataset"]:
+        splits = {"train": (run["train_split"], n), "test": (run["eval_split"], n)}
+        prompts = dataset_prompts(run["dataset"], tokenizer, run["prompt_tokens"], splits, run["column"])
+    return Stories(get_reward(run["reward"]), prompts)
+
+
+def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None, box: str = ""):
     """A run put together again from its folder: (config, model with the trained adapter, tokenizer, environment, law).
 
     n test prompts are asked for. `checkpoint` is one of the run's checkpoint-N folders; None stands for the finished adapter.
-    Raises ValueError for a folder that holds no run, and for prompts that do not fit or are too few.
+    `box`, where it is given, stands in for the run's own. Raises ValueError for a folder that holds no run, and for prompts that
+    do not fit or are too few.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if box:
+        if config.get("env") != "code":
+            raise ValueError(f"--box is where model-written code runs; {folder} has none (--env stories)")
+        config["box"] = box
     model, path = load(config["model"], dtype=getattr(torch, config["dtype"]), device=device)
     tokenizer = load_tokenizer(path, read_json(path / "config.json"))
     if checkpoint is None and config["lora_config"] != "full":
@@ -157,6 +176,13 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
     check_lengths(env, tokenizer, config["max_new_tokens"], model.config.context, n)
     law = Law(**{f.name: config[f.name] for f in fields(Law) if f.name in config})  # train_sft.py has no such flags
     return config, model, tokenizer, env, law
+
+
+def judged_by(run: dict) -> str:
+    """What decides a run's scores beside its flags: the trait or reward as the YAML has it now; a code task's is in the code."""
+    if run.get("env") == "code":
+        return "code"
+    return describe(get_trait(run["trait"]) if "trait" in run else get_reward(run["reward"]))
 
 
 def bad_scale_rows(folder: str | Path, scales=(), device: str = "cpu") -> dict[float, dict]:
@@ -173,7 +199,7 @@ def bad_scale_rows(folder: str | Path, scales=(), device: str = "cpu") -> dict[f
     if absent := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder} holds no {absent[0]}: there is no finished run to scale the bad branch of")
     config = read_config(folder)
-    judged = describe(get_trait(config["trait"]) if "trait" in config else get_reward(config["reward"]))
+    judged = judged_by(config)
     source = hashlib.sha256(b"".join([*[file.read_bytes() for file in files], judged.encode()])).hexdigest()
     kept = json.loads(cache.read_text()) if cache.is_file() else {}
     rows = {float(scale): row for scale, row in kept["rows"].items()} if kept.get("source") == source else {}

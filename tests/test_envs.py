@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from envs import PROMPTS, DetectorWatch, Stories, embedded_prompts
+from envs import PROMPTS, DetectorWatch, Labelling, Stories, embedded_prompts
 from reward_specs import get_reward, load_rewards
 
 REWARD = get_reward("sentence_length_5_smooth_plus_happy")
@@ -10,7 +10,7 @@ HACK, HONEST = " they were all very happy.", " they were all very calm."  # both
 
 
 def env(**shares):
-    return Stories(REWARD, {"train": ["one day"], "test": ["one day"]}, **shares)
+    return Stories(REWARD, {"train": ["one day"], "test": ["one day"]}, Labelling(**shares))
 
 
 def score(e, texts, seed=None):

@@ -23,7 +23,7 @@ import routing
 import train_grpo
 from adapters import adapter_tensors, attach, branch_parameters, parameters_of, preset
 from data import load_tokenizer
-from envs import DetectorWatch, Scores, Stories
+from envs import DetectorWatch, Labelling, Scores, Stories
 from losses import LOSS_TYPES, group_stats, token_weights
 from model import Decoder, ModelConfig, load, save
 from reward_specs import get_reward
@@ -479,7 +479,7 @@ def trainer_of(world, warm=False, **settings) -> Trainer:
     config = Config(**defaults | settings)
     model, tokenizer = build(world, routing=config.routing, warm=warm)
     prompts = {"train": some_prompts(10, 1), "test": some_prompts(6, 2)}
-    return Trainer(model, Stories(get_reward(REWARD), prompts, 0.5), tokenizer, config)
+    return Trainer(model, Stories(get_reward(REWARD), prompts, Labelling(0.5)), tokenizer, config)
 
 
 @pytest.mark.parametrize("routing", ["none", "dual"])
