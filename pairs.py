@@ -112,7 +112,7 @@ def read_pair(entry: object, where: str) -> Pair:
     """A Pair from its mapping. Raises ValueError that begins with `where`."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected a mapping with name, kind, axis, ..., got {entry!r}")
-    if entry.get("kind") not in KINDS:
+    if entry.get("kind") not in tuple(KINDS):
         raise ValueError(f"{where}: kind: {entry.get('kind')!r} must be one of {', '.join(KINDS)}")
     keys = KINDS[entry["kind"]]
     if odd := [str(key) for key in entry if key not in keys]:
