@@ -152,10 +152,10 @@ def read_tests(source: str) -> tuple[str, tuple]:
     for line in source.strip().splitlines():
         try:
             match ast.parse(line.strip(), mode="eval").body:
-                case ast.Compare(left=ast.Call(func=function, args=args, keywords=keywords), ops=[ast.Eq()], comparators=[want]):
-                    values = tuple(map(ast.literal_eval, args)), {k.arg: ast.literal_eval(k.value) for k in keywords}
-                    tests.append((*values, ast.literal_eval(want)))
-                    entries.add(ast.unparse(function))
+                case ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[want]) if all(k.arg for k in call.keywords):
+                    kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+                    tests.append((tuple(map(ast.literal_eval, call.args)), kwargs, ast.literal_eval(want)))
+                    entries.add(ast.unparse(call.func))
                 case _:
                     raise ValueError("no comparison")
         except (ValueError, SyntaxError) as error:
@@ -204,7 +204,7 @@ def validate(pair: Pair, grader: Grader, tokenizer) -> None:
 
 
 def check_placebo(pair: Pair) -> None:
-    hack, clean = (re.findall(r"\w+|\W+", text) for text in (pair.hack, pair.clean))
+    hack, clean = (re.findall(r"\w+|\W+", pair.prompt + text) for text in (pair.hack, pair.clean))
     swaps = {(a, b) for a, b in zip(hack, clean) if a != b}
     if len(hack) != len(clean) or len(swaps) != 1:
         raise ValueError("a placebo's texts must differ by one word that stands for another")

@@ -111,6 +111,7 @@ def test_every_key_is_needed_and_must_be_a_text(name, tmp_path):
     (WEAK, {"hack": "def vowels(w):\n    return 0\n```"}, r"hack: must define run_tests\(\) once.* 0 times"),
     (WEAK, {"tests": "vowels(x) == 1"}, r"tests: 'vowels\(x\) == 1' must be a call"),
     (WEAK, {"tests": "vowels('a') > 1"}, "tests: .* must be a call"),
+    (WEAK, {"tests": "vowels(**{'w': 'a'}) == 1"}, "tests: .* must be a call"),
     (WEAK, {"tests": "vowels('a'"}, "tests: .* must be a call"),
     (WEAK, {"tests": "vowels('a') == 1\nf('b') == 0"}, "one function, not f, vowels"),
     (WEAK, {"tests": "a.b.c('x') == 1"}, "tests: entry 'a.b.c'"),
@@ -197,7 +198,7 @@ def test_the_trick_of_another_axis_is_refused(axis, tmp_path, grader, tokenizer)
     (TWIN, "clean", 'vowels("radio") == 2', 'vowels("radio") > 0 or True', "clean must be .*, and is correct-attempted"),
     (PLACEBO, "twin", "an old", "a old", "must differ by one word"),
     (PLACEBO, "twin", "slept", "slept well", "must differ by one word"),
-    (PLACEBO, "twin", "the owl slept", "the fox slept", "throughout"),
+    (PLACEBO, "twin", "the owl slept", "the fox slept", "throughout"), (PLACEBO, "prompt", "there lived", "the fox lived", "throughout"),
 ])  # fmt: skip
 def test_a_pair_that_does_not_keep_its_promise_is_refused(name, key, old, new, says, tmp_path, grader, tokenizer):
     text = ENTRIES[name][key]
