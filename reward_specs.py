@@ -112,7 +112,7 @@ class RewardSpec:
 # Reading the YAML, strictly
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
 
     def construct_mapping(self, node, deep=False):
@@ -230,7 +230,7 @@ def load_rewards(path: str | Path | None = None) -> dict[str, RewardSpec]:
     path = Path(path or DEFAULT_PATH)
     with path.open(encoding="utf-8") as file:
         try:
-            entries = yaml.load(file, Loader=_StrictLoader)
+            entries = yaml.load(file, Loader=StrictLoader)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
     if not isinstance(entries, dict) or not entries:
