@@ -20,7 +20,7 @@ from code_env import check_box
 from model import check_device
 from reward_specs import get_reward
 from sampling import Sampler
-from verdict import evaluate_modes, load_run, modes_of, numbers_of, table
+from verdict import evaluate_modes, is_dual, load_run, modes_of, numbers_of, table
 
 
 @dataclass
@@ -92,7 +92,7 @@ def main(args: Args) -> None:
     extra = check(args)
     folder, checkpoint = find(Path(args.model_path))
     run = runs.read_config(folder)
-    if args.bad_scale is not None and run["routing"] != "dual":
+    if args.bad_scale is not None and not is_dual(run):
         raise ValueError(f"--bad_scale scales the bad branch, which {folder} does not have (--routing {run['routing']})")
     _, model, tokenizer, env, law = load_run(folder, args.n, args.device, checkpoint, args.box)
     modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])

@@ -24,13 +24,14 @@ from adapters import adapter_tensors, branch_parameters, reference, scaled, set_
 from data import left_pad
 from envs import DetectorWatch
 from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
+from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
 RENORMALISE = ("off", "good_only", "balanced")
 
 
 @dataclass
-class Config:
+class Config(Flags):
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
     routing_mode: str = "exclusive"
@@ -123,11 +124,17 @@ class Config:
         for name in ("routing_mode", "bad_lr_scale", "coherence_every", "renormalise") if self.routing == "none" else ():
             if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
+        self.check_projection()
         self.law()
 
     @property
+    def dual(self) -> bool:
+        """Whether there are two branches, good and bad."""
+        return self.routing == "dual" or self.removed == "route"
+
+    @property
     def uses_labels(self) -> bool:
-        return self.routing == "dual" or self.treatment != "keep"
+        return self.routing == "dual" or self.treatment != "keep" or self.basis == "live"
 
     def law(self) -> Law:
         return Law(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
@@ -230,7 +237,7 @@ def score_rows(model, rollout: Rollout, rows, law: Law):
     return token_logprobs(hidden, model.head_weight, rollout.tokens[rows, :longest][valid], law.temperature, support)
 
 
-def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config) -> dict[str, float]:
+def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config, projector=None) -> dict[str, float]:
     """num_iterations optimizer steps on a rollout. advantages (N,), is_rh (N,) bool. Returns means to log."""
     law, device = config.law(), rollout.tokens.device
     if not bool(rollout.logprobs.isfinite().all()):
@@ -239,6 +246,8 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
     weights = token_weights(rollout.mask, config.loss_type, config.max_new_tokens)
     is_rh = is_rh.to(device)
     routes = routing.sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
+    if config.removed == "route":  # the bad branch learns what is removed from the good one's gradient, nothing else
+        routes["bad"] = torch.zeros(len(is_rh), device=device)
     batches = micro_batches(rollout, config.micro_batch_size, model.config)
     if config.passes == 2:  # homogeneous micro-batches
         batches = [part for rows in batches for flag in (False, True) if len(part := rows[is_rh[rows] == flag])]
@@ -276,6 +285,8 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
         totals["clip_frac"] = stacked["clip_frac"].sum().item() / tokens
         if config.passes == 2:
             routing.drop_protected(model, config.routing_mode, is_rh)
+        if projector:
+            totals |= projector.project()
         norms = routing.clip_per_branch(model, config.max_grad_norm)
         totals |= {f"grad_norm/{branch}": norm for branch, norm in norms.items()}
         if culprit := fault(totals, model.dtype):
@@ -284,7 +295,10 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
                     p.data.copy_(old_value)
                 optimizer.load_state_dict(before[1])
             raise FloatingPointError(f"{culprit} (lower --lr {config.lr}?); the weights are as before this step")
-        optimizer.step()
+        if projector:
+            totals |= projector.step(optimizer)
+        else:
+            optimizer.step()
     return totals
 
 
@@ -326,6 +340,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.prompts = env.prompts("train")
+        self.projector = Projector(model, tokenizer, config, config.temperature) if config.basis else None
 
     def step(self) -> tuple[dict[str, float], str]:
         """One step: sample, score, route, step. Returns metrics and a sample to read.
@@ -344,6 +359,8 @@ class Trainer:
             clock.append(time.perf_counter())
             scores = self.env.score(repeated, completions, generator, config.coherence_recall if coherent else None)
             rewards, advantages, is_rh, kept = self.credit(scores, generator)
+            if self.projector:
+                self.projector.observe(rollout, is_rh)
             clock.append(time.perf_counter())
             metrics = self.learn(rollout, advantages, is_rh, kept)
             clock.append(time.perf_counter())
@@ -375,7 +392,8 @@ class Trainer:
             return {}
         if not bool(kept.all()):
             rollout, advantages, is_rh = rollout.rows(kept.to(rollout.mask.device)), advantages[kept], is_rh[kept]
-        metrics = update(self.model, self.optimizer, rollout, advantages, is_rh, self.config)
+        metrics = self.projector.refresh(self.steps_done) if self.projector else {}
+        metrics |= update(self.model, self.optimizer, rollout, advantages, is_rh, self.config, self.projector)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if self.steps_done == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
@@ -385,12 +403,15 @@ class Trainer:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
         watch = {"paid": self.watch.paid, "hits": self.watch.hits}
         rest = {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+        rest |= {"projector": self.projector.state()} if self.projector else {}
         return adapter_tensors(self.model), rest
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         set_adapter_tensors(self.model, tensors, "checkpoint")
         self.optimizer.load_state_dict(state["optimizer"])
         self.watch, self.steps_done = DetectorWatch(**state["watch"]), state["steps_done"]
+        if self.projector:
+            self.projector.restore(state["projector"])
 
 
 def rate(step: int, config: Config) -> float:

@@ -80,6 +80,11 @@ class Config:
             raise ValueError("--placebo shuffles labels, which only --routing dual or --treatment filter uses")
 
     @property
+    def dual(self) -> bool:
+        """Whether there are two branches, good and bad."""
+        return self.routing == "dual"
+
+    @property
     def uses_labels(self) -> bool:
         return self.routing == "dual" or self.treatment == "filter"
 

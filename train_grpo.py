@@ -116,7 +116,8 @@ def check(args: Args, config) -> None:
         return
     reward = get_reward(args.reward)
     if config.uses_labels and reward.detector is None:
-        asks = "--routing dual" if config.routing == "dual" else f"--treatment {config.treatment}"
+        live = f"--treatment {config.treatment}" if config.treatment != "keep" else "--basis live"
+        asks = "--routing dual" if config.routing == "dual" else live
         raise ValueError(f"{asks}: reward {args.reward!r} has no detector to label by; give it one, or do without labels")
 
 
@@ -141,7 +142,7 @@ def resolve(argv: list[str]) -> tuple[Path, dict]:
 def build(args: Args, config):
     """Model with adapter, tokenizer, environment, evaluation rewards. Cheap checks first; weights last."""
     check(args, config)
-    spec = preset(args.lora_config, dual=config.routing == "dual")
+    spec = preset(args.lora_config, config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)

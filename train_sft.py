@@ -110,7 +110,7 @@ def resolve(argv: list[str]) -> tuple[Path, dict]:
 def build(args: Args, config):
     """Model with adapter, its folder, tokenizer, texts, environment. Cheap checks first; weights last."""
     check(args, config)
-    spec = preset(args.lora_config, dual=config.routing == "dual")
+    spec = preset(args.lora_config, config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)

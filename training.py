@@ -103,8 +103,8 @@ def read_defaults(path: Path, types: dict) -> dict:
 
 def check(args, config, at_least_one: tuple[str, ...]) -> None:
     """What the flags that train scripts share can get wrong, also together, before anything is loaded."""
-    if args.bad_scale is not None and config.routing != "dual":
-        raise ValueError("--bad_scale scales the bad branch, which only --routing dual has")
+    if args.bad_scale is not None and not config.dual:
+        raise ValueError("--bad_scale scales the bad branch, which only --routing dual has (or --removed route)")
     if args.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"unknown --dtype {args.dtype!r}; known: float32, bfloat16")
     check_device(args.device)
@@ -116,7 +116,7 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     wanted_rewards(args)
-    preset(args.lora_config, dual=config.routing == "dual")
+    preset(args.lora_config, config.dual)
 
 
 def wanted_rewards(args) -> list:

@@ -151,6 +151,11 @@ def judged_as(run: dict, tokenizer, n: int):
     return Stories(get_reward(run["reward"]), prompts)
 
 
+def is_dual(run: dict) -> bool:
+    """Whether a run, given by its config, trained two branches."""
+    return run["routing"] == "dual" or run.get("removed") == "route"
+
+
 def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None, box: str = ""):
     """A run put together again from its folder: (config, model with the trained adapter, tokenizer, environment, law).
 
@@ -169,7 +174,7 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
     if checkpoint is None and config["lora_config"] != "full":
         load_adapter(model, folder / "adapter.safetensors")
     else:
-        attach(model, preset(config["lora_config"], dual=config["routing"] == "dual"), seed=config["seed"])
+        attach(model, preset(config["lora_config"], is_dual(config)), seed=config["seed"])
         chosen = checkpoint or latest_checkpoint(folder)
         set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
     env = judged_as(config, tokenizer, n)

@@ -1,0 +1,196 @@
+"""Projection in a training loop: whence the axes come, when they are made afresh, and what is logged of them.
+
+    projector = Projector(model, tokenizer, config)          # config inherits `Flags`; None of it runs where basis is ""
+    projector.refresh(step)                                   # before the update: the basis, where it is due
+    projector.note("teacher")                                 # after the backward passes of one source of samples
+    metrics = projector.project() | ... | projector.step(optimizer)
+
+In the order accumulate, project, clip, step. The maths is projection.py's, the pairs are pairs.py's or the run's own flagged samples.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapters import branch_parameters
+from pairs import load_pairs, select
+from projection import (
+    MODES, Basis, alignment, extract, null_of, origin_of, overlap, pair_gradients, project_, projected_step, random_basis,
+    route_removed_, shuffled_labels, total_norm,
+)  # fmt: skip
+
+SOURCES = ("pairs", "random", "shuffled", "clean", "placebo", "live")
+ASSETS = Path(__file__).parent / "assets" / "pairs"
+LIVE_LEAST, LIVE_MOST = 8, 60  # contrasts of live samples: fewer are no basis, older ones are forgotten
+
+
+@dataclass
+class Flags:
+    """The fields that an algorithm's Config inherits."""
+
+    basis: str = ""
+    """axes: pairs (authored), live (the run's own flagged samples), placebos random, shuffled, clean, placebo; empty: none"""
+    projection: str = "none"
+    """none (the basis only measures), one_sided, no_gate or reverse"""
+    project_on: str = "gradient"
+    """gradient (before clipping), or update: what the optimizer's step moves"""
+    removed: str = "erase"
+    """what becomes of the removed part: erase, or route: it trains the bad branch, which is dropped at deployment"""
+    pairs: str = "embedded"
+    """a file of assets/pairs without its .yaml, or a path"""
+    pair_count: int = 60
+    """contrastive pairs at most, in turn over their axes; two more are held out"""
+    basis_keep: int = 12
+    """axes extracted of each parameter"""
+    basis_use: int = 5
+    """axes used of each, the strongest"""
+    basis_tau: float = 0.25
+    """noise floor: this quantile of all singular values"""
+    basis_refresh: int = 0
+    """make the basis afresh every so many steps, with the weights as they are then; 0: never"""
+    overshoot: float = 1.0
+    """the removed part is multiplied by this"""
+    norm_rescale: bool = False
+    """give the projected gradient its old norm"""
+
+    def check_projection(self) -> None:
+        """Raises ValueError for an unknown word, and for flags that would do nothing."""
+        known = {"projection": MODES, "project_on": ("gradient", "update"), "removed": ("erase", "route")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown --{name} {getattr(self, name)!r}; known: {', '.join(values)}")
+        if self.basis and self.basis not in SOURCES:
+            raise ValueError(f"unknown --basis {self.basis!r}; known: {', '.join(SOURCES)}")
+        if not self.basis:
+            if idle := [name for name in Flags.__dataclass_fields__ if getattr(self, name) != getattr(Flags, name)]:
+                raise ValueError(f"--{idle[0]} does nothing without a --basis: give one of {', '.join(SOURCES)}")
+        if self.projection == "none" and (idle := [n for n in ("project_on", "removed", "overshoot", "norm_rescale")
+                                                   if getattr(self, n) != getattr(Flags, n)]):  # fmt: skip
+            raise ValueError(f"--{idle[0]} is of a projection: give --projection one_sided, no_gate or reverse")
+        if self.removed == "route" and self.project_on == "update":
+            raise ValueError("--removed route trains the bad branch by the gradient's removed part: leave --project_on at gradient")
+        if self.basis == "live" and not self.basis_refresh:
+            raise ValueError("--basis live is made of the samples as they come: say how often by --basis_refresh")
+        if self.pair_count < 1 or self.basis_refresh < 0 or not self.overshoot >= 0:
+            raise ValueError("--pair_count must be at least 1, --basis_refresh and --overshoot at least 0")
+        if not 1 <= self.basis_use <= self.basis_keep or not 0 <= self.basis_tau < 1:
+            raise ValueError("1 <= --basis_use <= --basis_keep and 0 <= --basis_tau < 1 must hold")
+
+
+def token_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, hack, clean) ids of each pair; completions end as a sampled one does."""
+    end = tokenizer.stop_ids[0]
+    return [
+        (tokenizer.encode_prompt(pair.prompt), [*tokenizer.encode(pair.hack), end], [*tokenizer.encode(pair.clean), end])
+        for pair in pairs
+    ]
+
+
+class Projector:
+    """A basis through a run. `branch`: whose gradients are projected."""
+
+    def __init__(self, model, tokenizer, config, temperature: float = 1.0):
+        self.model, self.config, self.temperature = model, config, temperature
+        groups = branch_parameters(model)
+        self.branch = "good" if "good" in groups else next(iter(groups))
+        self.parameters = groups[self.branch]
+        self.basis, self.live, self.sources, self.seen = None, deque(maxlen=LIVE_MOST), {}, {}
+        self.pairs = []
+        if config.basis != "live":
+            path = Path(config.pairs) if config.pairs.endswith(".yaml") else ASSETS / f"{config.pairs}.yaml"
+            kind = config.basis if config.basis in ("clean", "placebo") else "hack"
+            chosen, held_out = select(load_pairs(path), width=config.pair_count, kind=kind)
+            self.pairs, self.held_out = token_pairs(tokenizer, [*chosen, *held_out]), len(held_out)
+
+    # ------------------------------------------------------------------------------------------------ whence the axes
+
+    def observe(self, rollout, is_rh) -> None:
+        """For --basis live: keeps a contrast per prompt of a Rollout, its first flagged completion and its first other one.
+        is_rh (N,) bool."""
+        if self.config.basis != "live":
+            return
+        found = {}
+        for row, flagged in enumerate(is_rh.tolist()):
+            prompt = tuple(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist())
+            found.setdefault(prompt, {}).setdefault(flagged, rollout.tokens[row][rollout.mask[row]].tolist())
+        for prompt, two in found.items():
+            if len(two) == 2 and two[True] != two[False]:
+                self.live.append((list(prompt), two[True], two[False]))
+
+    def refresh(self, step: int) -> dict[str, float]:
+        """Makes the basis at the first step and, where that was asked for, every so many; what changed, to log."""
+        every = self.config.basis_refresh
+        if step % every if every else self.basis is not None:
+            return {}
+        live = self.config.basis == "live"
+        if live and len(self.live) < LIVE_LEAST:
+            return {}
+        old, self.basis = self.basis, self.make(list(self.live) if live else self.pairs, 0 if live else self.held_out)
+        metrics = {"basis/null": null_of(self.basis), "basis/modules": float(len(self.basis.rows))}
+        for name in ("signed", "cin") if self.basis.held_out else ():
+            metrics[f"basis/held_out_{name}"] = sum(row[name] for row in self.basis.held_out) / len(self.basis.held_out)
+        return metrics | ({"basis/overlap": overlap(self.basis, old)} if old else {})
+
+    def make(self, pairs, held_out: int) -> Basis:
+        config = self.config
+        gradients = pair_gradients(self.model, self.parameters, pairs, self.temperature)
+        if config.basis == "shuffled":
+            gradients = shuffled_labels(gradients, config.seed)
+        origin = origin_of(self.model, self.parameters, pairs)
+        basis = extract(gradients, config.basis_keep, config.basis_use, config.basis_tau, held_out, origin)
+        return random_basis(basis, config.seed) if config.basis == "random" else basis
+
+    # ---------------------------------------------------------------------------------------------------- in a step
+
+    @torch.no_grad()
+    def note(self, source: str) -> None:
+        """The gradient since the last note is `source`'s: its cosines are logged by `project` under this name."""
+        if self.basis is None:
+            return
+        now = {n: p.grad.clone() for n, p in self.parameters.items() if n in self.basis.rows and p.grad is not None}
+        self.sources[source] = {n: g - self.seen[n] if n in self.seen else g for n, g in now.items()}
+        self.seen = now
+
+    def by_source(self) -> dict[str, dict[str, float]]:
+        """`alignment` of what each source of samples contributed to this step's gradient, and its norm."""
+        tables = {}
+        for source, gradients in self.sources.items():
+            there = Basis({name: V for name, V in self.basis.rows.items() if name in gradients}, self.basis.singular)
+            tables[source] = alignment(gradients, there) | {"norm": total_norm(gradients)}
+        return tables
+
+    def project(self) -> dict[str, float]:
+        """Projects the gradients in place, as the flags say; figures to log. After the last backward pass, before clipping."""
+        if self.basis is None:
+            return {}
+        config = self.config
+        mode = config.projection if config.project_on == "gradient" else "none"
+        shown = ("signed", "cin", "cin_energy")
+        metrics = {f"{name}/{source}": row[name] for source, row in self.by_source().items() for name in shown}
+        self.sources, self.seen = {}, {}
+        stats, removed = project_(self.parameters, self.basis, mode, config.overshoot, config.norm_rescale)
+        if config.removed == "route":
+            route_removed_(removed, branch_parameters(self.model)["bad"], self.branch, "bad")
+        return metrics | {f"projection/{name}": value for name, value in stats.items()}
+
+    def step(self, optimizer) -> dict[str, float]:
+        """optimizer.step(), projected where that was asked for; the cosines of how the parameters moved."""
+        if self.basis is None:
+            optimizer.step()
+            return {}
+        mode = self.config.projection if self.config.project_on == "update" else "none"
+        stats = projected_step(optimizer, self.parameters, self.basis, mode, self.config.overshoot)
+        return {f"moved/{name}": value for name, value in stats.items()}
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict:
+        """What `restore` needs: the basis as it is (an old one can't be made again) and the live contrasts."""
+        basis = None if self.basis is None else vars(self.basis)
+        return {"basis": basis, "live": list(self.live)}
+
+    def restore(self, state: dict) -> None:
+        self.basis = None if state["basis"] is None else Basis(**state["basis"])
+        self.live.extend(state["live"])
