@@ -5,7 +5,8 @@
     projector.note("teacher")                                 # after the backward passes of one source of samples
     metrics = projector.project() | ... | projector.step(optimizer)
 
-In the order accumulate, project, clip, step. The maths is projection.py's, the pairs are pairs.py's or the run's own flagged samples.
+In the order accumulate, project, clip, step. The maths is projection.py's; the pairs are pairs.py's, or the run's own flagged
+samples.
 """
 
 from collections import deque
@@ -14,12 +15,10 @@ from pathlib import Path
 
 import torch
 
+import projection
 from adapters import branch_parameters
 from pairs import load_pairs, select
-from projection import (
-    MODES, Basis, alignment, extract, null_of, origin_of, overlap, pair_gradients, project_, projected_step, random_basis,
-    route_removed_, shuffled_labels, total_norm,
-)  # fmt: skip
+from projection import Basis
 
 SOURCES = ("pairs", "random", "shuffled", "clean", "placebo", "live")
 ASSETS = Path(__file__).parent / "assets" / "pairs"
@@ -57,20 +56,20 @@ class Flags:
 
     def check_projection(self) -> None:
         """Raises ValueError for an unknown word, and for flags that would do nothing."""
-        known = {"projection": MODES, "project_on": ("gradient", "update"), "removed": ("erase", "route")}
+        known = {"projection": projection.MODES, "project_on": ("gradient", "update"), "removed": ("erase", "route")}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown --{name} {getattr(self, name)!r}; known: {', '.join(values)}")
         if self.basis and self.basis not in SOURCES:
             raise ValueError(f"unknown --basis {self.basis!r}; known: {', '.join(SOURCES)}")
-        if not self.basis:
-            if idle := [name for name in Flags.__dataclass_fields__ if getattr(self, name) != getattr(Flags, name)]:
-                raise ValueError(f"--{idle[0]} does nothing without a --basis: give one of {', '.join(SOURCES)}")
-        if self.projection == "none" and (idle := [n for n in ("project_on", "removed", "overshoot", "norm_rescale")
-                                                   if getattr(self, n) != getattr(Flags, n)]):  # fmt: skip
+        idle = [name for name in Flags.__dataclass_fields__ if getattr(self, name) != getattr(Flags, name)]
+        if idle and not self.basis:
+            raise ValueError(f"--{idle[0]} does nothing without a --basis: give one of {', '.join(SOURCES)}")
+        idle = [name for name in idle if name in ("project_on", "removed", "overshoot", "norm_rescale")]
+        if idle and self.projection == "none":
             raise ValueError(f"--{idle[0]} is of a projection: give --projection one_sided, no_gate or reverse")
         if self.removed == "route" and self.project_on == "update":
-            raise ValueError("--removed route trains the bad branch by the gradient's removed part: leave --project_on at gradient")
+            raise ValueError("--removed route trains the bad branch by what a gradient lost: leave --project_on at gradient")
         if self.basis == "live" and not self.basis_refresh:
             raise ValueError("--basis live is made of the samples as they come: say how often by --basis_refresh")
         if self.pair_count < 1 or self.basis_refresh < 0 or not self.overshoot >= 0:
@@ -128,19 +127,19 @@ class Projector:
         if live and len(self.live) < LIVE_LEAST:
             return {}
         old, self.basis = self.basis, self.make(list(self.live) if live else self.pairs, 0 if live else self.held_out)
-        metrics = {"basis/null": null_of(self.basis), "basis/modules": float(len(self.basis.rows))}
+        metrics = {"basis/null": projection.null_of(self.basis), "basis/modules": float(len(self.basis.rows))}
         for name in ("signed", "cin") if self.basis.held_out else ():
             metrics[f"basis/held_out_{name}"] = sum(row[name] for row in self.basis.held_out) / len(self.basis.held_out)
-        return metrics | ({"basis/overlap": overlap(self.basis, old)} if old else {})
+        return metrics | ({"basis/overlap": projection.overlap(self.basis, old)} if old else {})
 
     def make(self, pairs, held_out: int) -> Basis:
         config = self.config
-        gradients = pair_gradients(self.model, self.parameters, pairs, self.temperature)
+        gradients = projection.pair_gradients(self.model, self.parameters, pairs, self.temperature)
         if config.basis == "shuffled":
-            gradients = shuffled_labels(gradients, config.seed)
-        origin = origin_of(self.model, self.parameters, pairs)
-        basis = extract(gradients, config.basis_keep, config.basis_use, config.basis_tau, held_out, origin)
-        return random_basis(basis, config.seed) if config.basis == "random" else basis
+            gradients = projection.shuffled_labels(gradients, config.seed)
+        origin = projection.origin_of(self.model, self.parameters, pairs)
+        basis = projection.extract(gradients, config.basis_keep, config.basis_use, config.basis_tau, held_out, origin)
+        return projection.random_basis(basis, config.seed) if config.basis == "random" else basis
 
     # ---------------------------------------------------------------------------------------------------- in a step
 
@@ -158,7 +157,7 @@ class Projector:
         tables = {}
         for source, gradients in self.sources.items():
             there = Basis({name: V for name, V in self.basis.rows.items() if name in gradients}, self.basis.singular)
-            tables[source] = alignment(gradients, there) | {"norm": total_norm(gradients)}
+            tables[source] = projection.alignment(gradients, there) | {"norm": projection.total_norm(gradients)}
         return tables
 
     def project(self) -> dict[str, float]:
@@ -170,9 +169,9 @@ class Projector:
         shown = ("signed", "cin", "cin_energy")
         metrics = {f"{name}/{source}": row[name] for source, row in self.by_source().items() for name in shown}
         self.sources, self.seen = {}, {}
-        stats, removed = project_(self.parameters, self.basis, mode, config.overshoot, config.norm_rescale)
+        stats, removed = projection.project_(self.parameters, self.basis, mode, config.overshoot, config.norm_rescale)
         if config.removed == "route":
-            route_removed_(removed, branch_parameters(self.model)["bad"], self.branch, "bad")
+            projection.route_removed_(removed, branch_parameters(self.model)["bad"], self.branch, "bad")
         return metrics | {f"projection/{name}": value for name, value in stats.items()}
 
     def step(self, optimizer) -> dict[str, float]:
@@ -181,7 +180,7 @@ class Projector:
             optimizer.step()
             return {}
         mode = self.config.projection if self.config.project_on == "update" else "none"
-        stats = projected_step(optimizer, self.parameters, self.basis, mode, self.config.overshoot)
+        stats = projection.projected_step(optimizer, self.parameters, self.basis, mode, self.config.overshoot)
         return {f"moved/{name}": value for name, value in stats.items()}
 
     # --------------------------------------------------------------------------------------------------- checkpoints
