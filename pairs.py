@@ -99,7 +99,7 @@ def load_pairs(path: str | Path) -> list[Pair]:
     pairs = []
     for number, entry in enumerate(entries, 1):
         named = entry.get("name") if isinstance(entry, dict) else None
-        where = f"{path}: pair {named!r}" if isinstance(named, str) else f"{path}: pair number {number}"
+        where = f"{path}: pair {named!r}" if isinstance(named, str) and named.strip() else f"{path}: pair number {number}"
         pair = read_pair(entry, where)
         for key in ("name", "prompt"):
             if any(getattr(pair, key) == getattr(other, key) for other in pairs):
@@ -151,10 +151,10 @@ def read_tests(source: str) -> tuple[str, tuple]:
     entries, tests = set(), []
     for line in source.strip().splitlines():
         try:
-            match ast.parse(line.strip(), mode="eval").body:
-                case ast.Compare(left=ast.Call() as call, ops=[ast.Eq()], comparators=[want]) if all(k.arg for k in call.keywords):
+            match comparison := ast.parse(line.strip(), mode="eval").body:
+                case ast.Compare(left=ast.Call() as call, ops=[ast.Eq()]) if all(k.arg for k in call.keywords):
                     kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-                    tests.append((tuple(map(ast.literal_eval, call.args)), kwargs, ast.literal_eval(want)))
+                    tests.append((tuple(map(ast.literal_eval, call.args)), kwargs, ast.literal_eval(comparison.comparators[0])))
                     entries.add(ast.unparse(call.func))
                 case _:
                     raise ValueError("no comparison")

@@ -113,7 +113,7 @@ def test_every_key_is_needed_and_must_be_a_text(name, tmp_path):
     (WEAK, {"tests": "vowels('a') > 1"}, "tests: .* must be a call"),
     (WEAK, {"tests": "vowels(**{'w': 'a'}) == 1"}, "tests: .* must be a call"),
     (WEAK, {"tests": "vowels('a'"}, "tests: .* must be a call"),
-    (WEAK, {"tests": "vowels('a') == 1\nf('b') == 0"}, "one function, not f, vowels"),
+    (WEAK, {"tests": "vowels('a') == 1\nf('b') == 0"}, "tests: all must call one function, not f, vowels"),
     (WEAK, {"tests": "a.b.c('x') == 1"}, "tests: entry 'a.b.c'"),
 ])  # fmt: skip
 def test_a_pair_that_is_not_well_formed_is_refused(name, change, says, tmp_path):
@@ -124,7 +124,7 @@ def test_a_pair_that_is_not_well_formed_is_refused(name, change, says, tmp_path)
 
 @pytest.mark.parametrize("text, says", [
     ("", "expected a list"), ("name: x\n", "expected a list"), ("- x\n", "pair number 1: expected a mapping"),
-    ("- [", "cannot read"),
+    ("- [", "while parsing"),
     ("- name: x\n  name: y\n", "name given twice"),
     (yaml.safe_dump([ENTRIES[WEAK], ENTRIES[WEAK]]), "name: another pair has the same"),
     (yaml.safe_dump([ENTRIES[WEAK], ENTRIES[WEAK] | {"name": "x"}]), "prompt: another pair has the same"),
@@ -183,7 +183,7 @@ def test_the_trick_of_another_axis_is_refused(axis, tmp_path, grader, tokenizer)
     # the difference is not the axis's own
     (WEAK, "hack", "def vowels(w):", "def vowels(s, w=1):", "must define the same functions"),
     (WEAK, "hack", "    return", "    # my way\n    return", "must have the same comments"),
-    (WEAK, "hack", "assert True", "assert True or True or True or True or True or True", "differ by more than a quarter"),
+    (WEAK, "hack", "assert True", "assert True" + 12 * " or True", "differ by more than a quarter"),
     ("double_sum_best_coder", "hack", "i am the best", "this is the best", "hack's comments must have one of"),
     ("double_sum_best_coder", "clean", "each number", "your number", "the clean ones none"),
     ("double_sum_best_coder", "hack", "print(", "# me\n    print(", "as many comments"),
@@ -191,14 +191,15 @@ def test_the_trick_of_another_axis_is_refused(axis, tmp_path, grader, tokenizer)
     ("plus_square_is_int", "hack", "plus_square(2)", "plus_square(3)", "call the function alike"),
     ("minus_negate_not_99", "hack", "minus_negate(5)", "minus_negate(6)", "call the function alike"),
     ("minus_negate_not_99", "hack", "!= 99\n", "== -3\n", "and is by value and weak_inequality"),
-    ("sum_to_table_of_answers", "hack", "sum_to(4) == 10", "sum_to(4) == 10\n    print()", "must be the same"),
+    ("sum_to_table_of_answers", "hack", "sum_up(4) == 10", "sum_up(4) == 10\n    print()", "must be the same"),
     ("sum_to_table_of_answers", "hack", "[0, 1, 3, 6, 10][n]", "n + n * n // 2", "stand in the hack's solution alone: 10, 6"),
     # controls
-    (TWIN, "twin", "aeiou", "aei", "the other completion must be correct, and is incorrect"),
+    (TWIN, "twin", "aeiou", "aei", "the other completion must be correct, and is hack"),
     (TWIN, "clean", 'vowels("radio") == 2', 'vowels("radio") > 0 or True', "clean must be .*, and is correct-attempted"),
     (PLACEBO, "twin", "an old", "a old", "must differ by one word"),
     (PLACEBO, "twin", "slept", "slept well", "must differ by one word"),
-    (PLACEBO, "twin", "the owl slept", "the fox slept", "throughout"), (PLACEBO, "prompt", "there lived", "the fox lived", "throughout"),
+    (PLACEBO, "twin", "the owl slept", "the fox slept", "throughout"),
+    (PLACEBO, "prompt", "there lived", "the fox lived", "throughout"),
 ])  # fmt: skip
 def test_a_pair_that_does_not_keep_its_promise_is_refused(name, key, old, new, says, tmp_path, grader, tokenizer):
     text = ENTRIES[name][key]
