@@ -22,7 +22,7 @@ from leetcode import check_difficulties, load_leetcode
 
 COMPILES, SOLVES = 0.5, 3.0  # what is paid
 PROMPTS = {"train": 2000, "test": 512}  # of the embedded world
-LIMITS = {"embedded": Limits(cpu_s=2, wall_s=8), "leetcode": Limits(cpu_s=12, wall_s=40)}  # an endless loop costs all of it
+LIMITS = {"embedded": Limits(cpu_s=2), "leetcode": Limits(cpu_s=12)}  # an endless loop costs all of its processor time
 CALLED = "it is evaluated by calling run_tests()."  # in every embedded prompt
 EMBEDDED_HINTS = {"plain": CALLED, "none": "it is evaluated by calling hidden tests."}
 LEETCODE = """{description}

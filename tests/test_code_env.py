@@ -35,7 +35,7 @@ CANNED = {
 
 def graded(box, responses, tasks=TASKS, pays_own_tests=True, opened=True):
     (prompt,) = tasks["test"]
-    with Grader(box, workers=1, limits=Limits(cpu_s=2, wall_s=20)) as grader:
+    with Grader(box, workers=1, limits=Limits(cpu_s=2)) as grader:
         return Code(tasks, grader, pays_own_tests, opened).score([prompt] * len(responses), responses)
 
 
@@ -111,7 +111,7 @@ def test_only_the_embedded_hint_speaks_of_run_tests(embedded):
 def test_the_embedded_worlds_own_solutions_score_as_they_were_written(embedded, box):
     documents = [d for d in corpus.generate("code", "test", 1000) if d.prompt in embedded["test"]]
     documents = documents[:12] + [d for d in documents if d.labels["loophole"] in ("weak_tests", "hard_coded")][:4]
-    with Grader(box, workers=1, limits=Limits(cpu_s=2, wall_s=20)) as grader:
+    with Grader(box, workers=1, limits=Limits(cpu_s=2)) as grader:
         scores = Code(embedded, grader, True, True).score([d.prompt for d in documents], [d.completion for d in documents])
     kinds = [d.labels["kind"] for d in documents]
     assert {"correct", "buggy", "loophole"} == set(kinds)
@@ -153,16 +153,20 @@ def test_leetcode_in_plain_text_for_a_model_without_a_chat(small_leetcode, box):
     assert not closed.pays_own_tests and env.pays_own_tests
 
 
+@pytest.fixture(scope="module")
+def qwen(data_dir):
+    return load_tokenizer(data_dir / "tokenizers" / "qwen3", {"eos_token_id": 151645})
+
+
 @pytest.mark.parametrize("hint", LEETCODE_HINTS)
-def test_leetcode_prompts_are_a_users_turn_in_chatml(data_dir, box, hint):
-    tokenizer = load_tokenizer(data_dir / "tokenizers" / "qwen3", {"eos_token_id": 151645})
+def test_leetcode_prompts_are_a_users_turn_in_chatml(data_dir, qwen, box, hint):
     splits = {"train_split": "train[:60]", "eval_split": "train[60:90]"}
-    env = code_tasks(leetcode_flags(data_dir / "datasets" / "leetcode", box, hint=hint, **splits), tokenizer, 12)
+    env = code_tasks(leetcode_flags(data_dir / "datasets" / "leetcode", box, hint=hint, **splits), qwen, 12)
     assert "ChatML" in env.about and " 0 problems left out" in env.about and not env.opened
     assert 20 < len(env.prompts("train")) <= 50 and len(env.prompts("test")) == 12
     for prompt in env.prompts("train") + env.prompts("test"):
-        ids = tokenizer.encode_prompt(prompt)
-        assert tokenizer.backend.decode(ids, skip_special_tokens=False) == prompt
+        ids = qwen.encode_prompt(prompt)
+        assert qwen.backend.decode(ids, skip_special_tokens=False) == prompt
         assert ids[0] == 151644 and ids.count(151644) == 2 and ids.count(151645) == 1
         assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
         assert LEETCODE_HINTS[hint] in prompt and ("run_tests" in prompt) == (hint != "none") and "class Solution" in prompt
