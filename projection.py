@@ -221,8 +221,12 @@ def alignment(tensors: dict[str, Tensor], basis: Basis) -> dict[str, float]:
     signed: mean cosine with the sum of the axes, sum(c) / (sqrt(k) |g|); can be negative. cin: mean of |relu(c)| / |g|, never
     negative, see `null_cin`. cin_energy: sqrt(sum |relu(c)|^2 / sum |g|^2). fired: share with any c > 0; 1 - 2^-k by chance.
     """
+    return figures(gradients_in(tensors, basis), basis)
+
+
+def figures(gradients: dict[str, Tensor], basis: Basis) -> dict[str, float]:
     table = []
-    for name, gradient in gradients_in(tensors, basis).items():
+    for name, gradient in gradients.items():
         flat = gradient.reshape(-1)
         c, norm = basis.rows[name].to(flat) @ flat, flat.norm()
         positive = c.clamp(min=0).norm()
@@ -257,7 +261,7 @@ def project_(
     if mode not in MODES:
         raise ValueError(f"unknown projection {mode!r}; known: {', '.join(MODES)}")
     gradients = gradients_in(tensors, basis)
-    stats, removed = alignment(gradients, basis), {}
+    stats, removed = figures(gradients, basis), {}
     size = total_norm(gradients)
     for name, gradient in gradients.items() if mode != "none" else ():
         V = basis.rows[name].to(gradient)
@@ -267,7 +271,7 @@ def project_(
     if rescale and left > 1e-6 * size:  # less than that is rounding
         for gradient in gradients.values():
             gradient.mul_(size / left)
-    after = alignment(gradients, basis)
+    after = figures(gradients, basis)
     return stats | {"signed_out": after["signed"], "cout": after["cin"], "cout_energy": after["cin_energy"]}, removed
 
 
