@@ -182,10 +182,12 @@ def extract(
 
 
 def random_basis(like: Basis, seed: int) -> Basis:
-    """A placebo: random orthonormal axes, as many for each parameter as `like` has."""
-    generator, rows = torch.Generator().manual_seed(seed), {}
+    """A placebo: random orthonormal axes, as many for each parameter as `like` has; an axis depends on seed, name and place
+    alone, so that one made afresh is the same."""
+    rows = {}
     for name, V in like.rows.items():
-        Q, R = torch.linalg.qr(torch.randn(V.shape[1], V.shape[0], generator=generator, dtype=torch.float64))
+        generator = torch.Generator().manual_seed(int(text_hash(f"{seed} {name}")[:15], 16))
+        Q, R = torch.linalg.qr(torch.randn(V.shape, generator=generator, dtype=torch.float64).t())
         rows[name] = (Q * R.diagonal().sign()).t().to(V)
     return Basis(rows, dict(like.singular), like.origin | {"pairs": f"random, seed {seed}"})
 

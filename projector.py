@@ -39,8 +39,8 @@ class Flags:
     """what becomes of the removed part: erase, or route: it trains the bad branch, which is dropped at deployment"""
     pairs: str = "embedded"
     """a file of assets/pairs without its .yaml, or a path"""
-    pair_count: int = 60
-    """contrastive pairs at most, in turn over their axes; two more are held out"""
+    pair_count: int = 0
+    """how many contrastive pairs, in turn over their axes; two more are held out; 0: all"""
     basis_keep: int = 12
     """axes extracted of each parameter"""
     basis_use: int = 5
@@ -72,8 +72,8 @@ class Flags:
             raise ValueError("--removed route trains the bad branch by what a gradient lost: leave --project_on at gradient")
         if self.basis == "live" and not self.basis_refresh:
             raise ValueError("--basis live is made of the samples as they come: say how often by --basis_refresh")
-        if self.pair_count < 1 or self.basis_refresh < 0 or not self.overshoot >= 0:
-            raise ValueError("--pair_count must be at least 1, --basis_refresh and --overshoot at least 0")
+        if self.pair_count < 0 or self.basis_refresh < 0 or not self.overshoot >= 0:
+            raise ValueError("--pair_count, --basis_refresh and --overshoot must be at least 0")
         if not 1 <= self.basis_use <= self.basis_keep or not 0 <= self.basis_tau < 1:
             raise ValueError("1 <= --basis_use <= --basis_keep and 0 <= --basis_tau < 1 must hold")
 
@@ -100,7 +100,7 @@ class Projector:
         if config.basis != "live":
             path = Path(config.pairs) if config.pairs.endswith(".yaml") else ASSETS / f"{config.pairs}.yaml"
             kind = config.basis if config.basis in ("clean", "placebo") else "hack"
-            chosen, held_out = select(load_pairs(path), width=config.pair_count, kind=kind)
+            chosen, held_out = select(load_pairs(path), config.pair_count or None, kind)
             self.pairs, self.held_out = token_pairs(tokenizer, [*chosen, *held_out]), len(held_out)
 
     # ------------------------------------------------------------------------------------------------ whence the axes

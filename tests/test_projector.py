@@ -1,0 +1,159 @@
+"""Projection inside rl_grpo's loop, on the embedded model: what is removed, from what, where it goes, and that runs repeat."""
+
+import math
+
+import pytest
+import torch
+
+from adapters import attach, branch_parameters, preset
+from data import load_tokenizer
+from envs import Labelling, Stories, embedded_prompts
+from model import load, read_json
+from projection import null_of
+from projector import SOURCES
+from reward_specs import get_reward
+from rl_grpo import Config, Trainer
+
+SMALL = {"batch_size": 8, "num_generations": 4, "max_new_tokens": 24, "lr": 1e-2, "weight_decay": 0.1, "beta": 0.01}
+PROMPTS = {split: texts[:8] for split, texts in embedded_prompts().items()}
+
+
+def trainer_of(lora_config="ds", **settings) -> Trainer:
+    config = Config(**SMALL | settings)
+    model, folder = load("tiny")
+    tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
+    attach(model, preset(lora_config, config.dual), seed=0)
+    env = Stories(get_reward("sentence_length_5_smooth_plus_happy"), PROMPTS, Labelling(0.9))
+    return Trainer(model, env, tokenizer, config)
+
+
+def values(trainer, branch=None) -> dict[str, torch.Tensor]:
+    groups = branch_parameters(trainer.model)
+    return {name: p.detach().clone() for key, group in groups.items() if branch in (None, key) for name, p in group.items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"basis": "authored"}, "unknown --basis 'authored'; known: pairs, random"),
+    ({"basis": "pairs", "projection": "half"}, "unknown --projection 'half'; known: none, one_sided"),
+    ({"basis": "pairs", "projection": "no_gate", "project_on": "both"}, "unknown --project_on 'both'"),
+    ({"projection": "no_gate"}, "--projection does nothing without a --basis"),
+    ({"basis": "pairs", "overshoot": 1.5}, "--overshoot is of a projection"),
+    ({"basis": "pairs", "projection": "no_gate", "project_on": "update", "removed": "route"}, "leave --project_on at gradient"),
+    ({"basis": "live"}, "say how often by --basis_refresh"),
+    ({"basis": "pairs", "basis_use": 9, "basis_keep": 5}, "--basis_use <= --basis_keep"),
+])  # fmt: skip
+def test_wrong_flags_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
+def test_a_basis_that_only_measures_changes_no_bit():
+    bare, watched = trainer_of(), trainer_of(basis="pairs", pair_count=6)
+    for _ in range(2):
+        plain, _ = bare.step()
+        metrics, _ = watched.step()
+    assert same(values(bare), values(watched)) and plain["loss"] == metrics["loss"]
+    assert metrics["projection/cin"] == metrics["projection/cout"] > 0
+    assert metrics["projection/signed"] == metrics["projection/signed_out"]
+    assert "moved/cin" in metrics and "projection/cin" not in plain
+
+
+@pytest.mark.parametrize("lora_config", ["ds", "r4o", "r2"])
+@pytest.mark.parametrize("project_on", ["gradient", "update"])
+def test_what_is_projected_has_nothing_along_the_axes(lora_config, project_on):
+    trainer = trainer_of(lora_config, basis="pairs", pair_count=6, projection="no_gate", project_on=project_on)
+    for _ in range(3):
+        before = values(trainer)
+        metrics, _ = trainer.step()
+    stats, other = ("projection", "moved") if project_on == "gradient" else ("moved", "projection")
+    assert abs(metrics[f"{stats}/signed_out"]) < 1e-5 and metrics[f"{stats}/cout"] < 1e-5 < metrics[f"{stats}/cin"]
+    assert metrics[f"{other}/cout"] == metrics[f"{other}/cin"] > 1e-5  # AdamW turns back a projected gradient's step
+    moved = {name: before[name] - p for name, p in values(trainer).items()}
+    left = [(V @ moved[name].reshape(-1)).abs().max() / moved[name].norm() for name, V in trainer.projector.basis.rows.items()]
+    assert (max(left) < 1e-4) == (project_on == "update")
+
+
+def test_the_removed_part_trains_the_bad_branch_alone():
+    trainer = trainer_of(basis="pairs", pair_count=6, projection="one_sided", removed="route", max_grad_norm=0.0)
+    seen, clip = {}, trainer.projector.project
+
+    def spy():
+        seen["before"] = {name: p.grad.clone() for name, p in trainer.projector.parameters.items()}
+        assert all(p.grad is None for p in branch_parameters(trainer.model)["bad"].values())
+        return clip()
+
+    trainer.projector.project = spy
+    bad = values(trainer, "bad")
+    trainer.step()
+    for name, V in trainer.projector.basis.rows.items():
+        good, other = trainer.projector.parameters[name], branch_parameters(trainer.model)["bad"][name.replace(".good.", ".bad.")]
+        removed = V.t() @ (V @ seen["before"][name]).clamp(min=0)
+        torch.testing.assert_close(other.grad, removed)
+        torch.testing.assert_close(good.grad, seen["before"][name] - removed)
+    assert not same(values(trainer, "bad"), bad)
+
+
+@pytest.mark.parametrize("basis", SOURCES)
+def test_every_source_makes_axes_and_a_refresh_makes_them_afresh(basis):
+    trainer = trainer_of(basis=basis, pair_count=0 if basis == "live" else 4, basis_refresh=2)
+    if basis == "live":
+        prompt = trainer.tokenizer.encode_prompt("there was once a cat")
+        trainer.projector.live.extend((prompt, [5 + i, 9, 8], [6 + i, 7, 8]) for i in range(9))
+    first, _ = trainer.step()
+    kept = trainer.projector.basis
+    second, _ = trainer.step()
+    assert trainer.projector.basis is kept and "basis/overlap" not in first
+    third, _ = trainer.step()
+    assert trainer.projector.basis is not kept and -1e-6 <= third["basis/overlap"] <= 1 + 1e-6 and "basis/null" not in second
+    assert first["basis/null"] == pytest.approx(null_of(kept)) and all(math.isfinite(v) for v in third.values())
+    assert ("basis/held_out_cin" in first) == (basis not in ("live", "random"))
+    if basis == "random":
+        assert third["basis/overlap"] > 0.999  # the same draw: what is placebo at first stays so
+
+
+def test_live_contrasts_are_a_flagged_and_an_honest_completion_of_one_prompt():
+    trainer = trainer_of(basis="live", basis_refresh=1)
+    ids, mask = torch.tensor([[0, 5, 6]] * 4 + [[7, 8, 9]] * 4), torch.tensor([[0, 1, 1]] * 4 + [[1, 1, 1]] * 4).bool()
+    tokens = torch.arange(10, 26).view(8, 2)
+    rollout = type("R", (), {"prompt_ids": ids, "prompt_mask": mask, "tokens": tokens, "mask": torch.ones(8, 2).bool()})
+    trainer.projector.observe(rollout, torch.tensor([False, True, True, False] + [False] * 4))
+    assert list(trainer.projector.live) == [([5, 6], [12, 13], [10, 11])]
+    assert trainer.projector.refresh(0) == {} and trainer.projector.basis is None  # one contrast is no basis
+
+
+def test_a_restored_trainer_goes_on_with_the_basis_it_had():
+    settings = {"basis": "pairs", "pair_count": 4, "projection": "one_sided", "basis_refresh": 3}
+    unbroken = trainer_of(**settings)
+    for _ in range(2):
+        unbroken.step()
+    tensors, state = unbroken.state()
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    resumed = trainer_of(**settings)
+    resumed.restore(tensors, state)
+    for _ in range(2):
+        a, b = unbroken.step()[0], resumed.step()[0]
+    assert same(values(unbroken), values(resumed))
+    assert {k: v for k, v in a.items() if not k.startswith("time/")} == {k: v for k, v in b.items() if not k.startswith("time/")}
+
+
+def test_sources_of_samples_are_told_apart():
+    trainer = trainer_of(basis="pairs", pair_count=4)
+    projector = trainer.projector
+    projector.refresh(0)
+    name, p = next((n, p) for n, p in projector.parameters.items() if n in projector.basis.rows)
+    for q in projector.parameters.values():
+        q.grad = torch.zeros_like(q)
+    V = projector.basis.rows[name]
+    p.grad += V[0]
+    projector.note("teacher")
+    p.grad -= 3 * V[0]
+    projector.note("student")
+    table = projector.by_source()
+    one = len(V) ** -0.5  # the cosine of one axis with the sum of all
+    assert table["teacher"]["signed"] == pytest.approx(one, abs=1e-5) and table["teacher"]["cin"] == pytest.approx(1, abs=1e-5)
+    assert table["student"]["signed"] == pytest.approx(-one, abs=1e-5) and table["student"]["cin"] < 1e-4
+    assert table["student"]["norm"] == pytest.approx(3, abs=1e-4)
