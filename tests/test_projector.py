@@ -1,5 +1,6 @@
 """Projection inside rl_grpo's loop, on the embedded model: what is removed, from what, where it goes, and that runs repeat."""
 
+import copy
 import math
 
 import pytest
@@ -130,8 +131,7 @@ def test_a_restored_trainer_goes_on_with_the_basis_it_had():
     unbroken = trainer_of(**settings)
     for _ in range(2):
         unbroken.step()
-    tensors, state = unbroken.state()
-    tensors = {name: t.clone() for name, t in tensors.items()}
+    tensors, state = copy.deepcopy(unbroken.state())
     resumed = trainer_of(**settings)
     resumed.restore(tensors, state)
     for _ in range(2):
