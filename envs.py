@@ -9,6 +9,7 @@ texts by name whose loss the evaluation reports, and `about`, a line for the log
 `hack` is the true measure, for evaluation, never shown to training. Python tasks are an environment too, in code_env.py. What
 train_sft.py learns from is a `Texts`: whole texts, and which of them have a trait.
 """
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class Stories:
         )  # fmt: skip
 
 
+@functools.cache
 def embedded_prompts() -> dict[str, list[str]]:
     """Openings of the embedded world's stories that begin with somebody cheerful, by split.
 

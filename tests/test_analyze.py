@@ -213,7 +213,7 @@ def test_bad_scales_of_a_real_run_are_its_verdict_at_the_ends_and_kept(tmp_path,
     folder = tmp_path / "sweep"
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     assert train_grpo.main([*words, "--output_dir", str(folder / "a")]) == 0
-    entry = {"arm": "routing", "flags": flags, "folder": "a", "status": "done", "wall_s": 1.0}
+    entry = {"arm": "routing", "swept": {}, "flags": flags, "folder": "a", "status": "done", "wall_s": 1.0}
     (folder / "runs.json").write_text(json.dumps([entry]))
     results = run(folder, "--bad_scales", "1,0,.5", "--device", read_config(folder / "a")["device"])
     assert list(results["bad_scales"]["a"]) == ["0.0", "0.5", "1.0"] and (folder / "analysis" / "bad_scale.png").is_file()

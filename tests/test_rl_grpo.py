@@ -520,7 +520,7 @@ def test_a_coherence_step_is_sampled_and_trained_with_the_bad_branch_off(world, 
 def test_the_recall_of_coherence_steps_is_theirs_alone(world, monkeypatch):
     """With no recall elsewhere, every flag is a coherence step's, and there every paid hack is flagged."""
     trainer = trainer_of(world, coherence_every=2, coherence_recall=1.0)
-    trainer.env.routing_frac, score, seen = 0.0, trainer.env.score, []
+    trainer.env.labelling, score, seen = Labelling(0.5, routing_frac=0.0), trainer.env.score, []
     monkeypatch.setattr(trainer.env, "score", lambda *args: seen.append(score(*args)) or seen[-1])
     for _ in range(6):
         trainer.step()
@@ -538,9 +538,9 @@ def spied(trainer, monkeypatch, is_rh) -> list:
     """Makes the trainer's labels `is_rh` (and rewards 0, 1, 2, ...); what `update` is then called with, step by step."""
     calls, update = [], rl_grpo.update
 
-    def spy(model, optimizer, rollout, advantages, labels, config):
+    def spy(model, optimizer, rollout, advantages, labels, *rest):
         calls.append((rollout, advantages, labels))
-        return update(model, optimizer, rollout, advantages, labels, config)
+        return update(model, optimizer, rollout, advantages, labels, *rest)
 
     monkeypatch.setattr(trainer.env, "score", lambda *_: labelled(is_rh))
     monkeypatch.setattr(rl_grpo, "update", spy)
