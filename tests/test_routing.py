@@ -175,8 +175,8 @@ def brute_force(model, rollout, advantages, is_rh, loss_type, beta, mode):
 
 def config(loss_type="grpo", beta=0.05, mode="classic", size=0, **more):
     return rl_grpo.Config(
-        routing="dual" if mode else "none", routing_mode=mode or rl_grpo.Config.routing_mode, beta=beta, max_grad_norm=0, micro_batch_size=size,
-        loss_type=loss_type, temperature=TEMPERATURE, epsilon=EPSILON, epsilon_high=EPSILON_HIGH,
+        routing="dual" if mode else "none", routing_mode=mode or rl_grpo.Config.routing_mode, beta=beta, max_grad_norm=0,
+        micro_batch_size=size, loss_type=loss_type, temperature=TEMPERATURE, epsilon=EPSILON, epsilon_high=EPSILON_HIGH,
         max_new_tokens=MAX_NEW_TOKENS, **more,
     )  # fmt: skip
 
