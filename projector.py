@@ -1,8 +1,7 @@
 """Projection in a training loop: whence the axes come, when they are made afresh, and what is logged of them.
 
-    projector = Projector(model, tokenizer, config)          # config inherits `Flags`; None of it runs where basis is ""
+    projector = Projector(model, tokenizer, config)          # config inherits `Flags`; made only where a basis is asked for
     projector.refresh(step)                                   # before the update: the basis, where it is due
-    projector.note("teacher")                                 # after the backward passes of one source of samples
     metrics = projector.project() | ... | projector.step(optimizer)
 
 In the order accumulate, project, clip, step. The maths is projection.py's; the pairs are pairs.py's, or the run's own flagged
@@ -12,8 +11,6 @@ samples.
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import projection
 from adapters import branch_parameters
@@ -80,9 +77,9 @@ class Flags:
 
 def token_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int], list[int]]]:
     """(prompt, hack, clean) ids of each pair; completions end as a sampled one does."""
-    end = tokenizer.stop_ids[0]
+    end = [tokenizer.eos_id]
     return [
-        (tokenizer.encode_prompt(pair.prompt), [*tokenizer.encode(pair.hack), end], [*tokenizer.encode(pair.clean), end])
+        (tokenizer.encode_prompt(pair.prompt), tokenizer.encode(pair.hack) + end, tokenizer.encode(pair.clean) + end)
         for pair in pairs
     ]
 
@@ -95,8 +92,7 @@ class Projector:
         groups = branch_parameters(model)
         self.branch = "good" if "good" in groups else next(iter(groups))
         self.parameters = groups[self.branch]
-        self.basis, self.live, self.sources, self.seen = None, deque(maxlen=LIVE_MOST), {}, {}
-        self.pairs = []
+        self.basis, self.live = None, deque(maxlen=LIVE_MOST)
         if config.basis != "live":
             path = Path(config.pairs) if config.pairs.endswith(".yaml") else ASSETS / f"{config.pairs}.yaml"
             kind = config.basis if config.basis in ("clean", "placebo") else "hack"
@@ -143,36 +139,16 @@ class Projector:
 
     # ---------------------------------------------------------------------------------------------------- in a step
 
-    @torch.no_grad()
-    def note(self, source: str) -> None:
-        """The gradient since the last note is `source`'s: its cosines are logged by `project` under this name."""
-        if self.basis is None:
-            return
-        now = {n: p.grad.clone() for n, p in self.parameters.items() if n in self.basis.rows and p.grad is not None}
-        self.sources[source] = {n: g - self.seen[n] if n in self.seen else g for n, g in now.items()}
-        self.seen = now
-
-    def by_source(self) -> dict[str, dict[str, float]]:
-        """`alignment` of what each source of samples contributed to this step's gradient, and its norm."""
-        tables = {}
-        for source, gradients in self.sources.items():
-            there = Basis({name: V for name, V in self.basis.rows.items() if name in gradients}, self.basis.singular)
-            tables[source] = projection.alignment(gradients, there) | {"norm": projection.total_norm(gradients)}
-        return tables
-
     def project(self) -> dict[str, float]:
         """Projects the gradients in place, as the flags say; figures to log. After the last backward pass, before clipping."""
         if self.basis is None:
             return {}
         config = self.config
         mode = config.projection if config.project_on == "gradient" else "none"
-        shown = ("signed", "cin", "cin_energy")
-        metrics = {f"{name}/{source}": row[name] for source, row in self.by_source().items() for name in shown}
-        self.sources, self.seen = {}, {}
         stats, removed = projection.project_(self.parameters, self.basis, mode, config.overshoot, config.norm_rescale)
         if config.removed == "route":
             projection.route_removed_(removed, branch_parameters(self.model)["bad"], self.branch, "bad")
-        return metrics | {f"projection/{name}": value for name, value in stats.items()}
+        return {f"projection/{name}": value for name, value in stats.items()}
 
     def step(self, optimizer) -> dict[str, float]:
         """optimizer.step(), projected where that was asked for; the cosines of how the parameters moved."""

@@ -115,6 +115,8 @@ class Config(Flags):
             raise ValueError("--coherence_recall is of coherence steps, which only --routing dual with --coherence_every has")
         if self.coherence_recall is not None and not 0 <= self.coherence_recall <= 1:
             raise ValueError(f"--coherence_recall must lie in 0..1, not {self.coherence_recall}")
+        if self.removed == "route" and self.routing == "dual":
+            raise ValueError("--removed route has the bad branch learn what projection removes: leave --routing at none")
         if self.placebo and not self.uses_labels:
             raise ValueError("--placebo shuffles labels, which only --routing dual or a --treatment uses")
         rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")

@@ -103,6 +103,8 @@ def check(args: Args, config) -> None:
             raise ValueError(f"--{name} thins labels, which only --routing dual or a --treatment uses")
     training.check(args, config, ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"))
     labelling(args)
+    if config.removed == "route" and preset(args.lora_config, dual=True).kind not in ("delta_s", "lora_b"):
+        raise ValueError(f"--removed route: the branches of {args.lora_config} share no basis; --lora_config ds or r32o do")
     if args.env not in OWN_FLAGS:
         raise ValueError(f"unknown --env {args.env!r}; known: {', '.join(OWN_FLAGS)}")
     for env, names in OWN_FLAGS.items():

@@ -44,6 +44,7 @@ def same(a: dict, b: dict) -> bool:
     ({"projection": "no_gate"}, "--projection does nothing without a --basis"),
     ({"basis": "pairs", "overshoot": 1.5}, "--overshoot is of a projection"),
     ({"basis": "pairs", "projection": "no_gate", "project_on": "update", "removed": "route"}, "leave --project_on at gradient"),
+    ({"basis": "pairs", "projection": "no_gate", "removed": "route", "routing": "dual"}, "leave --routing at none"),
     ({"basis": "live"}, "say how often by --basis_refresh"),
     ({"basis": "pairs", "basis_use": 9, "basis_keep": 5}, "--basis_use <= --basis_keep"),
 ])  # fmt: skip
@@ -138,22 +139,3 @@ def test_a_restored_trainer_goes_on_with_the_basis_it_had():
         a, b = unbroken.step()[0], resumed.step()[0]
     assert same(values(unbroken), values(resumed))
     assert {k: v for k, v in a.items() if not k.startswith("time/")} == {k: v for k, v in b.items() if not k.startswith("time/")}
-
-
-def test_sources_of_samples_are_told_apart():
-    trainer = trainer_of(basis="pairs", pair_count=4)
-    projector = trainer.projector
-    projector.refresh(0)
-    name, p = next((n, p) for n, p in projector.parameters.items() if n in projector.basis.rows)
-    for q in projector.parameters.values():
-        q.grad = torch.zeros_like(q)
-    V = projector.basis.rows[name]
-    p.grad += V[0]
-    projector.note("teacher")
-    p.grad -= 3 * V[0]
-    projector.note("student")
-    table = projector.by_source()
-    one = len(V) ** -0.5  # the cosine of one axis with the sum of all
-    assert table["teacher"]["signed"] == pytest.approx(one, abs=1e-5) and table["teacher"]["cin"] == pytest.approx(1, abs=1e-5)
-    assert table["student"]["signed"] == pytest.approx(-one, abs=1e-5) and table["student"]["cin"] < 1e-4
-    assert table["student"]["norm"] == pytest.approx(3, abs=1e-4)

@@ -879,6 +879,7 @@ BAD = {
     "share": ({"rh_eligible_frac": 1.5}, r"rh_eligible_frac must lie in 0..1, not 1.5"),
     "algorithm": ({"algorithm": "rl_nothing"}, r"unknown --algorithm 'rl_nothing'"),
     "config": ({"config": "nothing.yaml"}, r"--config nothing.yaml: no such file"),
+    "route": ({"routing": "none", "basis": "pairs", "projection": "no_gate", "removed": "route"}, r"r\w+ share no basis"),
     "prompts": ({"reward": "arithmetic_with_copy"}, r"arithmetic needs a prompt that ends on two integers"),
     "recall": ({"routing": "none", "routing_frac": 0.5}, r"--routing_frac thins labels, which only --routing dual or a --treatm"),
 }
