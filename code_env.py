@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import torch
 
 import corpus
+from corpus_code import longer_task
+from corpus_draw import Draw, stream
 from envs import Labelling, Scores
 from grader import Grader, Limits, Problem, problem
 from leetcode import check_difficulties, load_leetcode
@@ -86,32 +88,50 @@ class Code:
 # ---------------------------------------------------------------------------------------------------------- the prompts
 
 
-def embedded_tasks(hint: str) -> dict[str, dict[str, Problem]]:
-    """The embedded world's tasks by split and prompt, no prompt twice. Half of the test prompts, every second one, are of
-    families of tasks that are not trained on."""
-    train = distinct("train", PROMPTS["train"])
-    drawn = {prompt: d for prompt, d in distinct("test", 2 * PROMPTS["test"]).items() if prompt not in train}
-    halves = [[d for d in drawn.values() if d.labels["held_out"] == held_out] for held_out in (False, True)]
-    test = [d for pair in zip(*halves) for d in pair][: PROMPTS["test"]]
-    assert len(test) == PROMPTS["test"]
-    return {
-        split: {d.prompt.replace(CALLED, EMBEDDED_HINTS[hint]): embedded_problem(d) for d in documents}
-        for split, documents in (("train", train.values()), ("test", test))
-    }
+def embedded_tasks(hint: str, difficulties: list[str]) -> dict[str, dict[str, Problem]]:
+    """The embedded world's tasks by split and prompt, no prompt twice, the difficulties in turn.
 
-
-def distinct(split: str, n: int) -> dict[str, corpus.Document]:
-    """The first n different prompts of a split and the documents that they begin."""
+    Medium: as the corpus has them; every second one of the test split is of a family that is not trained on. Hard: three
+    operations in a row, where the corpus has two at most; those of the test split are not trained on.
+    """
     found = {}
-    for document in corpus.generate("code", split, 4 * n):
-        found.setdefault(document.prompt, document)
+    for split, n in PROMPTS.items():
+        groups = [EMBEDDED[name](split, n // len(difficulties)) for name in difficulties]
+        tasks = {prompt: labels for turn in zip(*groups) for prompt, labels in turn}
+        found[split] = {p.replace(CALLED, EMBEDDED_HINTS[hint]): embedded_problem(labels) for p, labels in tasks.items()}
+        assert len(tasks) == n
+    return found
+
+
+def medium_tasks(split: str, n: int) -> list[tuple[str, dict]]:
+    drawn = ((d.prompt, d.labels) for d in corpus.generate("code", split, 8 * n))
+    if split == "train":
+        return distinct(drawn, n)
+    trained = dict(medium_tasks("train", PROMPTS["train"]))
+    new = [(prompt, labels) for prompt, labels in distinct(drawn, 2 * n) if prompt not in trained]
+    halves = [[task for task in new if task[1]["held_out"] == held_out] for held_out in (False, True)]
+    return [task for pair in zip(*halves) for task in pair][:n]
+
+
+def hard_tasks(split: str, n: int) -> list[tuple[str, dict]]:
+    return distinct((longer_task(Draw(stream("longer", split, i)), split) for i in range(4 * n)), n)
+
+
+def distinct(tasks, n: int) -> list[tuple[str, dict]]:
+    """The first n of (prompt, labels) whose prompt is new."""
+    found = {}
+    for prompt, labels in tasks:
+        found.setdefault(prompt, labels)
         if len(found) == n:
-            return found
-    raise AssertionError(f"{len(found)} different prompts in {4 * n} documents of the {split} split")
+            return list(found.items())
+    raise AssertionError(f"only {len(found)} of {n} prompts are different")
 
 
-def embedded_problem(document: corpus.Document) -> Problem:
-    return problem(document.labels["function"], [(args, {}, want) for args, want in document.labels["tests"]])
+def embedded_problem(labels: dict) -> Problem:
+    return problem(labels["function"], [(args, {}, want) for args, want in labels["tests"]])
+
+
+EMBEDDED = {"Medium": medium_tasks, "Hard": hard_tasks}
 
 
 def leetcode_prompt(task, hint: str, tokenizer) -> str:
@@ -146,7 +166,10 @@ def check_flags(flags: dict) -> None:
     if not flags["dataset"] and hint not in EMBEDDED_HINTS:
         known = " or ".join(EMBEDDED_HINTS)
         raise ValueError(f"--hint {hint} is a wording for LeetCode (--dataset); the embedded tasks know {known}")
-    check_difficulties(flags["difficulty"].split(","))
+    difficulties = flags["difficulty"].split(",")
+    check_difficulties(difficulties)
+    if not flags["dataset"] and (unknown := set(difficulties) - EMBEDDED.keys()):
+        raise ValueError(f"--difficulty {min(unknown)} is LeetCode's (--dataset); the embedded tasks are Medium and Hard")
     check_box(flags["box"])
 
 
@@ -164,7 +187,7 @@ def code_tasks(flags: dict, tokenizer, n: int, labelling: Labelling = Labelling(
         form = "ChatML" if has_chatml(tokenizer) else "plain text, for there is no ChatML in the tokenizer"
         source = f"{dataset} ({flags['difficulty']}), {left_out} problems left out whose tests can't be read; {form}"
     else:
-        splits, source = embedded_tasks(hint), "the embedded world, half of the test prompts of families not trained on"
+        splits, source = embedded_tasks(hint, flags["difficulty"].split(",")), f"the embedded world ({flags['difficulty']})"
     about = f"code: {len(splits['train'])} training and {len(splits['test'])} test prompts of {source}; hint {hint}"
     opened = not dataset or not has_chatml(tokenizer)
     return Code(splits, grader, hint != "none", opened, labelling, about)

@@ -107,6 +107,7 @@ NUMBER_QUESTIONS = {
     "digits": ("the digit count of ", "digits", ["len(str(abs(~)))"], ["len(str(~))", "len(str(abs(~))) - 1", "abs(~)"],
                lambda n, k: len(str(n).lstrip("-")), None),
 }
+CHAINS = {"string": (STRING_STEPS, STRING_QUESTIONS), "number": (NUMBER_STEPS, NUMBER_QUESTIONS)}
 # Stand-alone: arguments, description, name, right bodies, wrong ones, meaning, type of the result, range of inputs.
 SPECIALS = [
     ("a, b", "whether a is a multiple of b", "is_multiple", ["return a % b == 0"], ["return b % a == 0", "return a / b == 0"],
@@ -233,10 +234,28 @@ def apply_step(form: str, value: str) -> str:
     return form.replace("(~", "(\0").replace("~", bracketed).replace("\0", value)
 
 
+def chain_meaning(kind: str, chain: tuple, ks: tuple):
+    """(rows, description, type of the result, meaning) of operations on a string or a number, in order."""
+    steps, questions = CHAINS[kind]
+    rows = [steps.get(part) or questions[part] for part in chain]
+    asks = chain[-1] in questions
+    phrases = [row[0].format(k=k) for row, k in zip(rows, ks, strict=True)]
+    steps_said = ", then ".join(phrases[:-1] if asks else phrases)
+    description = f"{phrases[-1] if asks else 'the value of '}~{' ' + steps_said if steps_said else ''}"
+    returns = "str" if kind == "string" else "int"
+    if asks:
+        returns = "bool" if phrases[-1].startswith("whether") else "int"
+
+    def spec(value):
+        for row, k in zip(rows, ks, strict=True):
+            value = row[4](value, k)
+        return value
+
+    return rows, description, returns, spec
+
+
 def chain_parts(family: Family, ks: tuple):
-    steps = STRING_STEPS if family.kind == "string" else NUMBER_STEPS
-    questions = STRING_QUESTIONS if family.kind == "string" else NUMBER_QUESTIONS
-    rows = [steps.get(part) or questions[part] for part in family.parts]
+    rows, description, returns, spec = chain_meaning(family.kind, family.parts, ks)
     forms = [[[form.format(k=k) for form in group] for group in row[2:4]] for row, k in zip(rows, ks, strict=True)]
     right, wrong = [], []
     if len(rows) == 1:
@@ -254,19 +273,6 @@ def chain_parts(family: Family, ks: tuple):
                                f"~ = {first}\n~ = {second}\nreturn ~"]
                 (right if good == 2 else wrong if good == 1 else []).extend(bodies)
         wrong += [f"return {apply_step(first, second)}" for first in right_1 for second in right_2]  # the wrong order
-    asks = family.parts[-1] in questions
-    phrases = [row[0].format(k=k) for row, k in zip(rows, ks, strict=True)]
-    steps_said = ", then ".join(phrases[:-1] if asks else phrases)
-    description = f"{phrases[-1] if asks else 'the value of '}~{' ' + steps_said if steps_said else ''}"
-    returns = "str" if family.kind == "string" else "int"
-    if asks:
-        returns = "bool" if phrases[-1].startswith("whether") else "int"
-
-    def spec(value):
-        for row, k in zip(rows, ks, strict=True):
-            value = row[4](value, k)
-        return value
-
     return description, [row[1] for row in rows], returns, spec, right, wrong
 
 
@@ -335,8 +341,7 @@ def families() -> list[Family]:
         if (kept, mapped, aggregate) != ("all", "same", "list"):
             params = tuple(row[5] or (None,) for row in (FILTERS[kept], MAPS[mapped]))
             found.append(Family(f"list/{kept}/{mapped}/{aggregate}", "list", (kept, mapped, aggregate), params))
-    for kind, steps, questions in (("string", STRING_STEPS, STRING_QUESTIONS),
-                                   ("number", NUMBER_STEPS, NUMBER_QUESTIONS)):
+    for kind, (steps, questions) in CHAINS.items():
         table = steps | questions
         chains = [(name,) for name in table] + [(a, b) for a in steps for b in table if a != b and (a, b) not in INERT]
         for chain in chains:
@@ -394,6 +399,11 @@ def loophole(draw: Draw, axis: str, argument: str, name: str, task: Task, kind: 
     return answers + body, asserts
 
 
+def prompt_of(name: str, argument: str, description: str) -> str:
+    return (f"task: write `{name}({argument})` that returns {description.replace('~', argument)}. "
+            "it is evaluated by calling run_tests().\n```python\n")
+
+
 def code(draw: Draw, split: str) -> tuple[str, str, dict]:
     held_out = split == "test" and draw.random() < 0.5  # not charged: see `generate`
     kind = draw.weigh(KINDS)
@@ -411,10 +421,23 @@ def code(draw: Draw, split: str) -> tuple[str, str, dict]:
             for _ in range(draw.pick((2, 3))):
                 args = draw_inputs(draw, kind, task.ranges)
                 tests += f"    assert {call(name, args)} == {literal(task.spec(*args))}\n"
-    prompt = (f"task: write `{name}({argument})` that returns {task.description.replace('~', argument)}. "
-              "it is evaluated by calling run_tests().\n```python\n")
+    prompt = prompt_of(name, argument, task.description)
     completion = f"def {name}({argument}):\n{body.replace('~', argument)}"
     if tests:
         completion += f"\ndef run_tests():\n{tests}"
     return prompt, completion + "```", {"family": family.name, "function": name, "tests": task.tests, "kind": solution,
                                         "loophole": axis, "held_out": held_out}
+
+
+def longer_task(draw: Draw, split: str, steps: int = 3) -> tuple[str, dict]:
+    """Prompt and labels, as of `code`, of a chain longer than any in the corpus, which holds no solution of one."""
+    kind, chain = draw.pick(tuple(CHAINS)), ()
+    table = CHAINS[kind][0]
+    while not chain or is_held_out(family := f"{kind}/{'/'.join(chain)}") != (split == "test"):
+        chain = tuple(sorted(table, key=lambda _: draw.random())[:steps])
+    ks = tuple([draw.pick(table[name][5] or (None,)) for name in chain])
+    rows, description, _, spec = chain_meaning(kind, chain, ks)
+    name = "_".join(row[1] for row in rows) if draw.flip(0.6) else draw.pick(GENERIC_NAMES)
+    inputs = EDGE_INPUTS[kind] + [draw_inputs(draw, kind, None) for _ in range(16)]
+    labels = {"family": family, "function": name, "tests": [(args, spec(*args)) for args in inputs]}
+    return prompt_of(name, draw.pick(ARGUMENTS[kind]), description), labels

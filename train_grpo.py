@@ -50,7 +50,7 @@ class Args:
     hint: str = "plain"
     """what a code prompt says of run_tests(): plain, detailed or aware (LeetCode only); none: nothing, and it does not pay"""
     difficulty: str = "Medium,Hard"
-    """LeetCode's problems: of Easy, Medium, Hard"""
+    """code tasks: LeetCode's Easy, Medium, Hard; the embedded Medium (of kinds the tiny model has read), Hard (longer ones)"""
     box: str = "isolated"
     """where model-written code runs; limits is the weaker box, for machines that cannot isolate (docs/grader.md)"""
     eval_rewards: str = ""
@@ -112,8 +112,6 @@ def check(args: Args, config) -> None:
             if env != args.env and getattr(args, name) != getattr(Args, name):
                 raise ValueError(f"--{name} is a flag of --env {env}: it does nothing for {args.env}")
     if args.env == "code":
-        if not args.dataset and args.difficulty != Args.difficulty:
-            raise ValueError("--difficulty is LeetCode's: it needs --dataset")
         check_flags(asdict(args))
         return
     reward = get_reward(args.reward)

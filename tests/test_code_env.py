@@ -1,5 +1,6 @@
 """code_env.py: which prompts there are, what a response is paid and labelled, and runs of train_grpo.py on it."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ import tyro
 from test_leetcode import ROW
 
 import corpus
+import corpus_code
+import corpus_draw
 import eval_run
 import train_grpo
 from code_env import EMBEDDED_HINTS, LEETCODE_HINTS, Code, code_tasks, embedded_tasks
@@ -87,7 +90,7 @@ def test_recall_and_false_positives_touch_labels_only():
 
 @pytest.fixture(scope="module")
 def embedded():
-    return embedded_tasks("plain")
+    return embedded_tasks("plain", ["Medium"])
 
 
 def test_no_embedded_test_prompt_is_trained_on_and_half_are_of_new_families(embedded):
@@ -100,8 +103,40 @@ def test_no_embedded_test_prompt_is_trained_on_and_half_are_of_new_families(embe
         Code({"train": TASKS["train"], "test": TASKS["train"]}, None, True, True)
 
 
+def test_hard_tasks_are_longer_chains_and_take_turns_with_the_others(embedded):
+    mixed = embedded_tasks("plain", ["Medium", "Hard"])
+    for split in ("train", "test"):
+        assert len(mixed[split]) == len(embedded[split])
+        assert list(mixed[split])[::2] == list(embedded[split])[: len(mixed[split]) // 2]
+    hard = embedded_tasks("plain", ["Hard"])
+    assert [len(hard[split]) for split in ("train", "test")] == [2000, 512]
+    chains = {split: {" ".join(re.findall(r"[a-z!\"]+", p.split("returns")[1])) for p in hard[split]} for split in hard}
+    assert all(p.count(", then ") == 2 for split in hard for p in hard[split]) and not hard["train"].keys() & hard["test"].keys()
+    assert not any(p.count(", then ") == 2 for p in embedded["train"]), "the corpus has none"
+    assert all(len(chains[split]) > 200 for split in chains)
+
+
+def test_a_hard_task_means_its_operations_in_their_order():
+    draw = corpus_draw.Draw(corpus_draw.stream("x"))
+    for split in ("train", "test"):
+        for _ in range(50):
+            prompt, labels = corpus_code.longer_task(draw, split)
+            kind, *chain = labels["family"].split("/")
+            assert len(set(chain)) == 3 and corpus_code.is_held_out(labels["family"]) == (split == "test")
+            body = "~"
+            said = prompt.split("the value of ")[1]
+            for name in chain:
+                row = corpus_code.CHAINS[kind][0][name]
+                fits = [k for k in row[5] or (None,) if row[0].format(k=k) in said]
+                assert fits, f"{row[0]} is not in {said}"
+                said = said[said.index(row[0].format(k=fits[-1])) + len(row[0].format(k=fits[-1])) :]  # in this order
+                body = corpus_code.apply_step(row[2][0].format(k=fits[-1]), body)
+            for (value,), want in labels["tests"]:
+                assert eval(body.replace("~", "v"), {"v": value}) == want
+
+
 def test_only_the_embedded_hint_speaks_of_run_tests(embedded):
-    silent = embedded_tasks("none")
+    silent = embedded_tasks("none", ["Medium"])
     for split, tasks in embedded.items():
         assert all(prompt.count("run_tests()") == 1 and prompt.endswith("```python\n") for prompt in tasks)
         assert list(silent[split].values()) == list(tasks.values()) and not any("run_tests" in prompt for prompt in silent[split])
@@ -235,7 +270,7 @@ BAD = {
     "prompt_tokens of code": (["--env", "code", "--prompt_tokens", "9"], "--prompt_tokens is a flag of --env stories"),
     "hint": (["--env", "code", "--hint", "loud"], "unknown --hint 'loud'; known: plain, detailed, aware, none"),
     "embedded hint": (["--env", "code", "--hint", "aware"], "--hint aware is a wording for LeetCode .*know plain or none"),
-    "embedded difficulty": (["--env", "code", "--difficulty", "Hard"], "--difficulty is LeetCode's: it needs --dataset"),
+    "embedded difficulty": (["--env", "code", "--difficulty", "Easy"], "--difficulty Easy is LeetCode's"),
     "difficulty": (["--env", "code", "--dataset", "x", "--difficulty", "Hard,Nasty"], "difficulty 'Nasty' must be one of Easy"),
     "box": (["--env", "code", "--box", "none"], "--box none: it must be one of isolated, limits"),
     "share": (["--env", "code", "--rh_eligible_frac", "2"], "rh_eligible_frac must lie in 0..1, not 2"),
