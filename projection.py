@@ -128,7 +128,7 @@ class Basis:
                 metadata = file.metadata() or {}
                 for key in file.keys():
                     kind, _, name = key.partition("/")
-                    parts[kind][name] = file.get_tensor(key)
+                    parts[kind][name] = file.get_tensor(key).clone()  # aligned, as what was saved: see load_checkpoint
             origin, held_out = json.loads(metadata["origin"]), json.loads(metadata["held_out"])
         except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"cannot read basis {path}: {error}") from error

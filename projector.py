@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import projection
 from adapters import branch_parameters
 from pairs import load_pairs, select
@@ -93,11 +95,17 @@ class Projector:
         self.branch = "good" if "good" in groups else next(iter(groups))
         self.parameters = groups[self.branch]
         self.basis, self.live = None, deque(maxlen=LIVE_MOST)
+        self.sources, self.seen, self.contributions = {}, {}, {}  # of a step: gradients by source, their sum so far, rows alone
         if config.basis != "live":
             path = Path(config.pairs) if config.pairs.endswith(".yaml") else ASSETS / f"{config.pairs}.yaml"
             kind = config.basis if config.basis in ("clean", "placebo") else "hack"
             chosen, held_out = select(load_pairs(path), config.pair_count or None, kind)
             self.pairs, self.held_out = token_pairs(tokenizer, [*chosen, *held_out]), len(held_out)
+
+    @property
+    def arm(self) -> str:
+        """vanilla where nothing is projected, else the basis that it happens in: svd, or lora."""
+        return "vanilla" if self.config.projection == "none" else "svd" if self.model.adapter.spec.kind == "delta_s" else "lora"
 
     # ------------------------------------------------------------------------------------------------ whence the axes
 
@@ -139,16 +147,40 @@ class Projector:
 
     # ---------------------------------------------------------------------------------------------------- in a step
 
+    @torch.no_grad()
+    def note(self, source: str, rows) -> None:
+        """What the gradient has gained since the last note came from some rows (n,) of a source: `project` logs each source's
+        cosines, and a row that came alone is kept in `contributions`."""
+        if self.basis is None:
+            return
+        if not self.seen:
+            self.sources, self.contributions = {}, {}
+        now = {n: p.grad.clone() for n, p in self.parameters.items() if n in self.basis.rows and p.grad is not None}
+        gained = {n: g - self.seen[n] if n in self.seen else g for n, g in now.items()}
+        self.seen, mine = now, self.sources.setdefault(source, {})
+        for name, gradient in gained.items():
+            mine[name] = mine[name] + gradient if name in mine else gradient
+        if len(rows) == 1:
+            self.contributions[int(rows[0])] = self.cosines(gained)
+
+    def cosines(self, gradients: dict) -> dict[str, float]:
+        """`alignment` of gradients, some of which may lack, and their norm."""
+        there = Basis({name: V for name, V in self.basis.rows.items() if name in gradients}, self.basis.singular)
+        return projection.alignment(gradients, there) | {"norm": projection.total_norm(gradients)}
+
     def project(self) -> dict[str, float]:
         """Projects the gradients in place, as the flags say; figures to log. After the last backward pass, before clipping."""
         if self.basis is None:
             return {}
         config = self.config
         mode = config.projection if config.project_on == "gradient" else "none"
+        by_source = {source: self.cosines(gradients) for source, gradients in self.sources.items()}
+        metrics = {f"{name}/{source}": row[name] for source, row in by_source.items() for name in ("signed", "cin", "cin_energy")}
+        self.seen = {}
         stats, removed = projection.project_(self.parameters, self.basis, mode, config.overshoot, config.norm_rescale)
         if config.removed == "route":
             projection.route_removed_(removed, branch_parameters(self.model)["bad"], self.branch, "bad")
-        return {f"projection/{name}": value for name, value in stats.items()}
+        return metrics | {f"projection/{name}": value for name, value in stats.items()}
 
     def step(self, optimizer) -> dict[str, float]:
         """optimizer.step(), projected where that was asked for; the cosines of how the parameters moved."""

@@ -14,11 +14,13 @@ Departures:
 import copy
 import math
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+import replay
 import routing
 from adapters import adapter_tensors, branch_parameters, reference, scaled, set_adapter_tensors
 from data import left_pad
@@ -28,10 +30,12 @@ from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
 RENORMALISE = ("off", "good_only", "balanced")
+LOSS_MODES = ("grpo", "nll")
+RECENT = ("hack_rate", "task", "gap")  # whose means over the last five steps are logged
 
 
 @dataclass
-class Config(Flags):
+class Config(Flags, replay.Flags):
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
     routing_mode: str = "exclusive"
@@ -73,6 +77,10 @@ class Config(Flags):
     max_new_tokens: int = 64
     loss_type: str = "grpo"
     """grpo: mean over sequences of token means; bnpo, dapo: mean over tokens; dr_grpo: sum / (N * max_new_tokens), no std"""
+    loss_mode: str = "grpo"
+    """nll: every completion has advantage 1, whose gradient is that of its negative log-likelihood (distillation)"""
+    contributions: bool = False
+    """write what each completion alone adds to the gradient, and its cosine with the basis: step_NNN.cos.jsonl.gz; slow"""
     epsilon: float = 0.2
     """clip range of the ratio, below"""
     epsilon_high: float = 0.0
@@ -89,45 +97,46 @@ class Config(Flags):
         known = {
             "routing": ("none", "dual"), "routing_mode": routing.ROUTING_MODES, "treatment": routing.TREATMENTS,
             "renormalise": RENORMALISE, "loss_type": LOSS_TYPES,
-            "lr_schedule": ("constant", "linear", "cosine"),
+            "lr_schedule": ("constant", "linear", "cosine"), "loss_mode": LOSS_MODES,
         }  # fmt: skip
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown --{name} {getattr(self, name)!r}; known: {', '.join(values)}")
-        for name in ("batch_size", "num_generations", "max_steps", "max_new_tokens", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.passes not in (1, 2) or (self.passes == 2 and self.routing == "none"):
-            raise ValueError(f"--passes must be 1, or 2 with --routing dual; it is {self.passes} with --routing {self.routing}")
-        if self.num_generations < 2:
-            raise ValueError("--num_generations must be at least 2: an advantage compares the completions of a group")
-        if self.batch_size % self.num_generations:
-            raise ValueError(f"--num_generations {self.num_generations} does not divide --batch_size {self.batch_size}")
-        if self.routing == "dual" and self.treatment == "filter":
-            raise ValueError("--treatment filter drops the samples that --routing dual would train the bad branch on: choose one")
-        if self.treatment == "filter" and self.renormalise != "good_only":
-            raise ValueError("--treatment filter normalises the rest among themselves: leave --renormalise at good_only")
-        if self.treatment != "subtract" and self.penalty != 1.0:
-            raise ValueError("--penalty is what --treatment subtract takes off: give that too")
-        if self.coherence_every == 1 and self.routing == "dual":
-            raise ValueError("--coherence_every 1 never trains the bad branch: 0 (none), or every 2nd step or fewer")
-        if self.coherence_recall is not None and not (self.routing == "dual" and self.coherence_every):
-            raise ValueError("--coherence_recall is of coherence steps, which only --routing dual with --coherence_every has")
-        if self.coherence_recall is not None and not 0 <= self.coherence_recall <= 1:
-            raise ValueError(f"--coherence_recall must lie in 0..1, not {self.coherence_recall}")
-        if self.removed == "route" and self.routing == "dual":
-            raise ValueError("--removed route has the bad branch learn what projection removes: leave --routing at none")
-        if self.placebo and not self.uses_labels:
-            raise ValueError("--placebo shuffles labels, which only --routing dual or a --treatment uses")
         rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
-        for name in (*rates, "micro_batch_size", "warmup_steps", "coherence_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
+        least = dict.fromkeys(("batch_size", "num_generations", "max_steps", "max_new_tokens", "num_iterations"), 1)
+        for name, bound in (least | dict.fromkeys((*rates, "micro_batch_size", "warmup_steps", "coherence_every"), 0)).items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
+        dual, recall, per_group = self.routing == "dual", self.coherence_recall, self.num_generations
+        for message, wrong in {
+            f"--passes must be 1, or 2 with --routing dual; it is {self.passes} with --routing {self.routing}":
+                self.passes not in (1, 2) or (self.passes == 2 and not dual),
+            "--num_generations must be at least 2: an advantage compares the completions of a group": per_group < 2,
+            f"--num_generations {per_group} does not divide --batch_size {self.batch_size}": self.batch_size % per_group,
+            "--treatment filter drops the samples that --routing dual would train the bad branch on: choose one":
+                dual and self.treatment == "filter",
+            "--treatment filter normalises the rest among themselves: leave --renormalise at good_only":
+                self.treatment == "filter" and self.renormalise != "good_only",
+            "--penalty is what --treatment subtract takes off: give that too": self.treatment != "subtract" and self.penalty != 1,
+            "--coherence_every 1 never trains the bad branch: 0 (none), or every 2nd step or fewer":
+                dual and self.coherence_every == 1,
+            "--coherence_recall is of coherence steps, which only --routing dual with --coherence_every has":
+                recall is not None and not (dual and self.coherence_every),
+            f"--coherence_recall must lie in 0..1, not {recall}": recall is not None and not 0 <= recall <= 1,
+            "--removed route has the bad branch learn what projection removes: leave --routing at none":
+                dual and self.removed == "route",
+            "--placebo shuffles labels, which only --routing dual or a --treatment uses": self.placebo and not self.uses_labels,
+            "--contributions are cosines with a basis: give one by --basis": self.contributions and not self.basis,
+            "--contributions are of all completions: leave --treatment filter": self.contributions and self.treatment == "filter",
+        }.items():  # fmt: skip
+            if wrong:
+                raise ValueError(message)
         for name in ("routing_mode", "bad_lr_scale", "coherence_every", "renormalise") if self.routing == "none" else ():
             if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
-        self.check_projection()
         self.law()
+        self.check_projection()
+        self.check_replay()
 
     @property
     def dual(self) -> bool:
@@ -199,15 +208,16 @@ def prompt_batch(prompts: list[str], step: int, count: int, seed: int) -> list[s
 
 
 def rollout_batch(sampler: Sampler, tokenizer, prompts: list[str], config: Config, generator) -> tuple[Rollout, list[str]]:
-    """One group of completions per prompt, and their texts (N,)."""
+    """What the policy samples of each prompt's group, and their texts (N,)."""
+    count = config.num_generations - config.replayed
     encoded = [tokenizer.encode_prompt(p) for p in prompts]
     ids, mask = left_pad(encoded, tokenizer.pad_id)
     rollout = sampler(
-        ids, mask, config.num_generations, config.max_new_tokens, tokenizer.stop_ids, tokenizer.pad_id, generator, config.law()
+        ids, mask, count, config.max_new_tokens, tokenizer.stop_ids, tokenizer.pad_id, generator, config.law()
     )
     tokens, valid = rollout.tokens.cpu(), rollout.mask.cpu()
     completions = [t[m].tolist() for t, m in zip(tokens, valid)]
-    return rollout, tokenizer.decode_completions([e for e in encoded for _ in range(config.num_generations)], completions)
+    return rollout, tokenizer.decode_completions([e for e in encoded for _ in range(count)], completions)
 
 
 def micro_batches(rollout: Rollout, size: int, shape) -> list[torch.Tensor]:
@@ -239,10 +249,13 @@ def score_rows(model, rollout: Rollout, rows, law: Law):
     return token_logprobs(hidden, model.head_weight, rollout.tokens[rows, :longest][valid], law.temperature, support)
 
 
-def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config, projector=None) -> dict[str, float]:
-    """num_iterations optimizer steps on a rollout. advantages (N,), is_rh (N,) bool. Returns means to log."""
+def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config, projector=None, sources=None) -> dict:
+    """num_iterations optimizer steps on a rollout. advantages (N,), is_rh (N,) bool; sources: N names, what is not the student's
+    is replayed, and a projector tells their gradients apart. Returns means to log."""
     law, device = config.law(), rollout.tokens.device
-    if not bool(rollout.logprobs.isfinite().all()):
+    sources = sources or [replay.STUDENT] * len(is_rh)
+    sampled = torch.tensor([source == replay.STUDENT for source in sources], device=device)
+    if not bool(rollout.logprobs[sampled].isfinite().all()):
         raise FloatingPointError("a sampled token's log-probability is not finite; the weights are as before this step")
     advantages = advantages.to(device)
     weights = token_weights(rollout.mask, config.loss_type, config.max_new_tokens)
@@ -250,9 +263,12 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
     routes = routing.sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
     if config.removed == "route":  # the bad branch learns what is removed from the good one's gradient, nothing else
         routes["bad"] = torch.zeros(len(is_rh), device=device)
-    batches = micro_batches(rollout, config.micro_batch_size, model.config)
+    batches = micro_batches(rollout, 1 if config.contributions else config.micro_batch_size, model.config)
     if config.passes == 2:  # homogeneous micro-batches
         batches = [part for rows in batches for flag in (False, True) if len(part := rows[is_rh[rows] == flag])]
+    if projector and len(set(sources)) > 1:
+        places = {source: torch.tensor([s == source for s in sources], device=device) for source in dict.fromkeys(sources)}
+        batches = [part for rows in batches for there in places.values() if len(part := rows[there[rows]])]
     pieces = [rollout.mask[rows] for rows in batches]
     old = [rollout.logprobs[rows][valid] for rows, valid in zip(batches, pieces)]
     ref = [None] * len(batches)
@@ -265,11 +281,13 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
     for iteration in range(config.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         sums = []
-        for rows, valid, old_logprobs, ref_logprobs in zip(batches, pieces, old, ref):
+        for i, (rows, valid, ref_logprobs) in enumerate(zip(batches, pieces, ref)):
             logprobs = score_rows(model, rollout, rows, law)
+            if iteration == 0:  # what is replayed counts as sampled by the policy as it is now
+                old[i] = torch.where(sampled[rows][:, None].expand_as(valid)[valid], old[i], logprobs.detach())
             a = advantages[rows][:, None].expand_as(valid)[valid]
             loss, parts = grpo_loss(
-                logprobs, old_logprobs, ref_logprobs, a, weights[rows][valid], config.beta, config.epsilon,
+                logprobs, old[i], ref_logprobs, a, weights[rows][valid], config.beta, config.epsilon,
                 config.epsilon_high or config.epsilon,
             )  # fmt: skip
             if config.passes == 2:
@@ -279,6 +297,8 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
                 with routing.gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
                     loss.backward()
             sums.append(parts | {"loss": loss.detach()})
+            if projector:
+                projector.note(sources[rows[0]], rows)
         stacked = {name: torch.stack([s[name] for s in sums]) for name in sums[0]}
         if iteration == 0:  # the sampled law and this forward must be the same policy
             totals["logprob_gap"] = stacked["ratio_gap"].max().item()
@@ -318,16 +338,30 @@ def fault(totals: dict[str, float], dtype: torch.dtype) -> str:
     return ""
 
 
-def describe(rollout: Rollout, scores, rewards, advantages, is_rh, kept, num_generations: int) -> dict[str, float]:
-    """Means over a step's completions, to log. `reward` is what the environment paid, before any treatment."""
-    _, spread, _ = group_stats(rewards, num_generations, kept)
+def describe(rollout: Rollout, scores, rewards, advantages, is_rh, kept, num_generations: int, sources) -> dict[str, float]:
+    """Means over a step's completions, to log; `reward` is what the environment paid, before any treatment.
+
+    Those of completions are the student's; of each pool that is replayed three stand apart, by its name. Those of groups and
+    advantages are of all.
+    """
     means = {
         "reward": scores.reward, "task": scores.task, "hack_rate": scores.hack, "flagged": is_rh, "kept": kept,
         "label_accuracy": is_rh == (scores.detected & scores.eligible), "length": rollout.mask.sum(1),
-        "finished": rollout.finished, "zero_variance_groups": spread == 0, "dead_advantages": advantages == 0,
+        "finished": rollout.finished, "gap": scores.hack.float() - scores.task,
+    } | {f"component/{label}": part for label, part in scores.components.items()}  # fmt: skip
+    metrics = {}
+    for source in dict.fromkeys(sources):
+        rows = torch.tensor([s == source for s in sources])
+        few = {f"{name}/{source}": means[name] for name in ("reward", "task", "hack_rate")}
+        shown = means if source == replay.STUDENT else few
+        metrics |= {name: value.cpu()[rows].float().mean().item() for name, value in shown.items()}
+    _, spread, _ = group_stats(rewards, num_generations, kept)
+    groups = rewards.view(-1, num_generations)
+    whole = {
+        "zero_variance_groups": spread == 0, "dead_advantages": advantages == 0, "advantage/abs_mean": advantages.abs(),
+        "advantage/min": advantages.min(), "advantage/max": advantages.max(), "reward/spread": groups.amax(1) - groups.amin(1),
     }  # fmt: skip
-    means |= {f"component/{label}": part for label, part in scores.components.items()}
-    return {name: value.float().mean().item() for name, value in means.items()}
+    return metrics | {name: value.float().mean().item() for name, value in whole.items()}
 
 
 class Trainer:
@@ -341,7 +375,11 @@ class Trainer:
             {"params": list(p.values()), "scale": scales.get(branch, 1.0)} for branch, p in branch_parameters(model).items() if p
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.prompts = env.prompts("train")
+        self.prompts, self.pools = env.prompts("train"), None
+        if config.replay_dirs:
+            self.pools = replay.Pools(config.pools())
+            self.pools.check(set(self.prompts), config.replayed // len(self.pools.names))
+        self.recent, self.contributions = deque(maxlen=5), []
         self.projector = Projector(model, tokenizer, config, config.temperature) if config.basis else None
 
     def step(self) -> tuple[dict[str, float], str]:
@@ -352,27 +390,50 @@ class Trainer:
         """
         config, step, clock = self.config, self.steps_done, [time.perf_counter()]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # this step's: nothing to save
-        prompts = prompt_batch(self.prompts, step, config.batch_size // config.num_generations, config.seed)
+        count = config.batch_size // config.num_generations
+        prompts = self.pools.prompts(step, count) if self.pools else prompt_batch(self.prompts, step, count, config.seed)
         repeated = [p for p in prompts for _ in range(config.num_generations)]
         coherent = config.routing == "dual" and config.coherence_every and (step + 1) % config.coherence_every == 0
         with scaled(self.model, good=1.0, bad=0.0) if coherent else nullcontext():
             self.sampler.refresh()
-            rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
+            rollout, completions, origins = self.groups(prompts, generator)
             clock.append(time.perf_counter())
+            sources = [origin.pool if origin else replay.STUDENT for origin in origins]
             scores = self.env.score(repeated, completions, generator, config.coherence_recall if coherent else None)
             rewards, advantages, is_rh, kept = self.credit(scores, generator)
             if self.projector:
                 self.projector.observe(rollout, is_rh)
             clock.append(time.perf_counter())
-            metrics = self.learn(rollout, advantages, is_rh, kept)
+            metrics = self.learn(rollout, advantages, is_rh, kept, sources)
             clock.append(time.perf_counter())
         self.steps_done += 1
         metrics |= {"coherence": float(bool(coherent)), "lr": config.lr * rate(step, config)}
-        metrics |= describe(rollout, scores, rewards, advantages, is_rh, kept, config.num_generations)
+        metrics |= describe(rollout, scores, rewards, advantages, is_rh, kept, config.num_generations, sources)
+        if not coherent and config.replayed < config.num_generations:
+            self.recent.append([metrics[name] for name in RECENT])
+            metrics |= {f"last5/{name}": sum(column) / len(column) for name, column in zip(RECENT, zip(*self.recent))}
+        if config.contributions:
+            self.contributions = replay.annotated(origins, rollout, scores, self.projector, metrics, step)
         names = ("time/rollout", "time/score", "time/update")
         metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
         metrics["time/tokens_per_s"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         return metrics, repeated[0] + completions[0]
+
+    def groups(self, prompts: list[str], generator) -> tuple[Rollout, list[str], list]:
+        """A group of completions of each prompt, their texts, and the sample that each was replayed from (None: sampled now)."""
+        config = self.config
+        if config.replayed < config.num_generations:
+            rollout, texts = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
+        if not config.replayed:
+            return rollout, texts, [None] * len(texts)
+        samples = [sample for prompt in prompts for sample in self.pools.take(prompt, config.replayed, self.steps_done)]
+        other = replay.replayed(samples, self.tokenizer, config.max_new_tokens).to(self.model.device)
+        if config.replayed == config.num_generations:
+            return other, [sample.completion for sample in samples], samples
+        rollout, own = replay.joined(rollout, other, len(prompts)), config.num_generations - config.replayed
+        mine, theirs = iter(texts), iter(samples)
+        origins = [next(theirs) if i >= own else None for _ in prompts for i in range(config.num_generations)]
+        return rollout, [origin.completion if origin else next(mine) for origin in origins], origins
 
     def credit(self, scores, generator):
         """Rewards after any treatment, advantages, the labels routed by, and what is trained on at all; all (N,)."""
@@ -384,9 +445,11 @@ class Trainer:
         filtered, routed = config.treatment == "filter", config.routing == "dual"
         renormalise = "good_only" if filtered else config.renormalise if routed else "off"
         advantages = group_advantages(rewards, config.num_generations, config.loss_type != "dr_grpo", is_rh, renormalise)
+        if config.loss_mode == "nll":
+            advantages = torch.ones_like(advantages)
         return rewards, advantages, is_rh, ~is_rh if filtered else torch.ones_like(is_rh)
 
-    def learn(self, rollout: Rollout, advantages, is_rh, kept) -> dict[str, float]:
+    def learn(self, rollout: Rollout, advantages, is_rh, kept, sources) -> dict[str, float]:
         """The optimizer's steps on the completions that are kept; metrics of `update`, none where none is kept."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self.config.lr * rate(self.steps_done, self.config)
@@ -394,8 +457,9 @@ class Trainer:
             return {}
         if not bool(kept.all()):
             rollout, advantages, is_rh = rollout.rows(kept.to(rollout.mask.device)), advantages[kept], is_rh[kept]
+            sources = [source for source, there in zip(sources, kept.tolist()) if there]
         metrics = self.projector.refresh(self.steps_done) if self.projector else {}
-        metrics |= update(self.model, self.optimizer, rollout, advantages, is_rh, self.config, self.projector)
+        metrics |= update(self.model, self.optimizer, rollout, advantages, is_rh, self.config, self.projector, sources)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if self.steps_done == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
@@ -405,6 +469,7 @@ class Trainer:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
         watch = {"paid": self.watch.paid, "hits": self.watch.hits}
         rest = {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+        rest |= {"recent": list(self.recent)}
         rest |= {"projector": self.projector.state()} if self.projector else {}
         return adapter_tensors(self.model), rest
 
@@ -412,6 +477,7 @@ class Trainer:
         set_adapter_tensors(self.model, tensors, "checkpoint")
         self.optimizer.load_state_dict(state["optimizer"])
         self.watch, self.steps_done = DetectorWatch(**state["watch"]), state["steps_done"]
+        self.recent.extend(state["recent"])
         if self.projector:
             self.projector.restore(state["projector"])
 

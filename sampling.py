@@ -104,6 +104,9 @@ class Rollout:
         """Some of its completions; `index` (n,) long or (N,) bool."""
         return Rollout(*(None if value is None else value[index] for value in vars(self).values()))
 
+    def to(self, device) -> "Rollout":
+        return Rollout(*(None if value is None else value.to(device) for value in vars(self).values()))
+
 
 # ------------------------------------------------------------------------------------------------------ the decoding
 

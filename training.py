@@ -27,6 +27,7 @@ from adapter_files import export_peft, save_adapter
 from adapters import preset
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
+from replay import write_lines
 from reward_specs import get_reward
 from verdict import evaluate_modes, modes_of, numbers_of, samples, table
 
@@ -210,6 +211,8 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
                 run.print(f"error: step {step}: {error}. The state before it is in {run.folder}/checkpoint-{step}")
                 return 1
             done = step + 1
+            if rows := getattr(trainer, "contributions", None):
+                write_lines(run.folder / f"step_{step:03d}.cos.jsonl.gz", rows)
             bar.set_postfix_str(progress(metrics))
             means.steps.append(metrics)
             if done % args.logging_steps == 0 or done == config.max_steps:
