@@ -297,7 +297,8 @@ def verification(made: dict) -> str:
         figures = f"above 1 on {count(s > 1 for s in spreads)}, mean {fmean(spreads):.2f}; mean size of advantages {advantages}"
         rows[names[0]] = judge_spread(spreads, sizes), figures
         above = f"above the placebo's largest, {band:.3f}, on {count(c > band for c in signed)}"
-        figures = f"{above}; above 0 on {count(c > 0 for c in signed)}, mean {fmean(signed):+.3f}"
+        cin = f"cin {fmean(vanilla['projection/cin']):.3f}, the placebo's {fmean(twin['projection/cin']):.3f}"
+        figures = f"{above}; above 0 on {count(c > 0 for c in signed)}, mean {fmean(signed):+.3f}; {cin}"
         rows[names[1]] = judge_direction(signed, band), figures
         hacks = vanilla.cosines(lambda row: row["src_pool"] == "teacher" and row["hacked"])
         honest = vanilla.cosines(lambda row: row["src_pool"] == "base" and not row["hacked"])

@@ -208,8 +208,8 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
 
 def progress(metrics: dict[str, float]) -> str:
     alone = " (retain only)" if metrics["coherence"] else ""
-    reward, hack, speed = (metrics[key] for key in ("reward", "hack_rate", "time/tokens_per_s"))
-    kl = metrics.get("kl", math.nan)  # a step whose completions were all filtered out learns nothing
+    known = ("reward", "hack_rate", "kl", "time/tokens_per_s")  # less where all is replayed, or where all is filtered out
+    reward, hack, kl, speed = (metrics.get(key, math.nan) for key in known)
     return f"reward {reward:.2f}{alone} hack {hack:.2f} kl {kl:.3f} {speed:,.0f} tok/s"
 
 

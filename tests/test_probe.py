@@ -98,9 +98,9 @@ def test_rules(vanilla, svd, out, buckets, answers):
 
 def plant(root, modes=("nll", "grpo"), arms=("vanilla", "svd", "lora"), steps=20):
     """Pools and runs as probe.py leaves them. Pairs: hacks .6, hacks that are correct .3, honest attempts -.1; random: 0."""
-    def cosine(basis, pool, i):
+    def cosine(basis, pool, step, i):
         level = {"teacher": 0.3 if i == 3 else 0.6, "base": -0.1}[pool]
-        return (level if basis == "pairs" else 0.0) + 0.01 * (i % 3 - 1)
+        return 99.0 if i == 7 else (level if basis == "pairs" else 0.0) + 0.01 * (-1) ** step
 
     for step in range(steps):
         for pool in ("teacher", "base"):
@@ -125,7 +125,7 @@ def plant(root, modes=("nll", "grpo"), arms=("vanilla", "svd", "lora"), steps=20
                 for step in range(steps):
                     write_lines(folder / f"step_{step:03d}.cos.jsonl.gz", [
                         {"src_pool": pool, "src_step": step, "src_sample": i, "hacked": pool == "teacher" and i != 3,
-                         "cos_S_contrib": cosine(basis, pool, i) if i != 7 else 99.0, "grad_norm_contrib": float(i != 7)}
+                         "cos_S_contrib": cosine(basis, pool, step, i), "grad_norm_contrib": float(i != 7)}
                         for pool in ("teacher", "base")[: 1 if mode == "nll" else 2] for i in range(8)
                     ])  # fmt: skip
     return root
@@ -141,12 +141,12 @@ def cells(text: str, first: str) -> list[str]:
 def test_the_report_says_what_was_planted(tmp_path):
     text = probe.report(plant(tmp_path), probe.Args(output_dir=str(tmp_path)))
     assert cells(text, "teacher")[1:6] == ["160", "3.50", "0.875", "0.125", "1.000"]
-    for metric in ("reward spread", "cos_in, vanilla", "cos_out < cos_in, svd", "cos_out < cos_in, lora", "cos_S_contrib, vanilla"):
-        assert cells(text, metric)[1] == S, metric
+    metrics = "reward spread", "cos_in, vanilla", "cos_out < cos_in, svd", "cos_out < cos_in, lora", "cos_S_contrib, vanilla"
+    assert [cells(text, metric)[1] for metric in metrics] == [S] * 5
     assert "0.020, on 20/20" in cells(text, "cos_in, vanilla")[2] and "(120)" in cells(text, "cos_S_contrib, vanilla")[2]
     assert cells(text, "vanilla cos_in is above .2 consistently")[1:] == ["yes", "the sweep is justified"]
     basis, pure, both, t, p = cells(text, "pairs")
-    assert pure.startswith("0.599") and both.startswith("0.290") and float(t) > 100 and float(p) < 1e-4
+    assert pure.startswith("0.600") and both.startswith("0.300") and float(t) > 100 and float(p) < 1e-4
     assert pure.endswith("(120)") and both.endswith("(20)")  # 99, without a gradient, is in neither
     basis, pure, both, t, p = cells(text, "random")
     assert abs(float(pure.split()[0])) < 0.02
