@@ -120,7 +120,10 @@ def make_pool(folder: Path, model, tokenizer, env, asked: list[str], world: dict
 
 
 def make_pools(root: Path, teacher: Path, world: dict, args: Args) -> None:
-    """pools/base and, unless --base_only, pools/teacher: the same prompts."""
+    """pools/base and, unless --base_only, pools/teacher: the same prompts. Loads nothing where both are there."""
+    names = ("base",) if args.base_only else ("base", "teacher")
+    if all((root / "pools" / name / f"step_{step:03d}.jsonl.gz").is_file() for name in names for step in range(args.steps)):
+        return
     model, folder = load(world["model"], dtype=getattr(torch, world["dtype"]), device=world["device"])
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     hinted, plain = (judged_as(world | {"hint": hint}, tokenizer, 1) for hint in (world["hint"], "none"))
