@@ -6,16 +6,14 @@ at all, and does projection change that?
     python probe.py --teacher output/RUN --arms vanilla --loss_mode grpo
     python probe.py --base_only                   # the untrained model's pool and nothing else
 
-Given again, it goes on: what is there is not made again. --output_dir has pools/teacher and pools/base, the runs (train_grpo.py's
-own) and report.md. A pool has a batch a step: completions of the same prompts by a model trained to hack, and by the untrained
-one, which is asked without the hint. A step replays both batches, so that a group has hacks and honest attempts, and advantages
-other than 0. Every arm has a twin whose basis is a placebo.
+Given again, it goes on with what is missing. A pool has a batch a step: completions of the same prompts by a model trained to
+hack, and by the untrained one, which is asked without the hint. A step replays both batches, so that a group has hacks and honest
+attempts, and advantages other than 0. Every arm has a twin whose basis is a placebo. Training is train_grpo.py's own.
 
 The plan: https://github.com/wassname/evil_MoE (docs/spec/spec2.md). Departures:
 - cos_in is the signed cosine, which is 0 by chance and can be negative; the plan's, made of positive parts, is called cin.
 - "About 0" means: no farther from 0 than a placebo basis comes at any step of the vanilla arm.
-- A step has two groups of 4 + 4, under --loss_type grpo: a completion's loss is a mean over its tokens, as for the axes, and
-  advantages are divided by the group's deviation.
+- A step has two groups of 4 + 4, whose advantages are divided by the group's deviation (--loss_type grpo).
 """
 
 import math
@@ -75,7 +73,7 @@ WORLD = ("model", "env", "dataset", "train_split", "eval_split", "max_prompts", 
          "max_new_tokens", "temperature")  # fmt: skip # what the runs have from the teacher
 RUN = {"mix": 1.0, "contributions": True, "beta": 0.0, "rh_eligible_frac": 1.0, "logging_steps": 1, "save_steps": 0,
        "eval_prompts": 32, "eval_routing_steps": 0}  # fmt: skip
-SUCCESS, LIKELY, SNEAKY, OPEN, ABSENT = "success", "likely fail", "sneaky fail", "undecided", "not run"
+SUCCESS, LIKELY, SNEAKY, NONE, ABSENT = "success", "likely fail", "sneaky fail", "none of the three", "not run"
 ENOUGH = 0.8  # of the steps: the plan's 16 of 20
 
 
@@ -121,8 +119,8 @@ def make_pool(folder: Path, model, tokenizer, env, asked: list[str], world: dict
 
 def make_pools(root: Path, teacher: Path, world: dict, args: Args) -> None:
     """pools/base and, unless --base_only, pools/teacher: the same prompts. Loads nothing where both are there."""
-    names = ("base",) if args.base_only else ("base", "teacher")
-    if all((root / "pools" / name / f"step_{step:03d}.jsonl.gz").is_file() for name in names for step in range(args.steps)):
+    wanted = [root / "pools" / name for name in ("base", "teacher")[: 1 if args.base_only else 2]]
+    if all(len(list(pool.glob("step_*.jsonl.gz"))) == args.steps for pool in wanted):
         return
     model, folder = load(world["model"], dtype=getattr(torch, world["dtype"]), device=world["device"])
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
@@ -130,10 +128,9 @@ def make_pools(root: Path, teacher: Path, world: dict, args: Args) -> None:
     prompts = hinted.prompts("train")
     if len(prompts) < PROMPTS * args.steps:
         raise ValueError(f"--steps {args.steps} takes {PROMPTS * args.steps} prompts, there are {len(prompts)}")
-    make_pool(root / "pools" / "base", model, tokenizer, hinted, plain.prompts("train"), world, args)
+    make_pool(wanted[0], model, tokenizer, hinted, plain.prompts("train"), world, args)
     if not args.base_only:
-        model = load_run(teacher, 1, world["device"])[1]
-        make_pool(root / "pools" / "teacher", model, tokenizer, hinted, prompts, world, args)
+        make_pool(wanted[1], load_run(teacher, 1, world["device"])[1], tokenizer, hinted, prompts, world, args)
 
 
 # -------------------------------------------------------------------------------------------------------------- the runs
@@ -189,13 +186,14 @@ def judge_spread(spreads: list[float], sizes: list[float]) -> str:
         return LIKELY
     if share(size < 0.1 for size in sizes) > 0.5:
         return SNEAKY
-    return SUCCESS if share(spread > 1 for spread in spreads) >= ENOUGH else OPEN
+    return SUCCESS if share(spread > 1 for spread in spreads) >= ENOUGH else NONE
 
 
 def judge_direction(signed: list[float], band: float) -> str:
-    """Row 2: cos_in of the vanilla arm is above 0 on most steps. Likely fail: about 0, within the band. Sneaky: below 0."""
-    steps = {SUCCESS: [c > band for c in signed], SNEAKY: [c < -band for c in signed], LIKELY: [abs(c) <= band for c in signed]}
-    return next((outcome for outcome, there in steps.items() if share(there) > 0.5), OPEN)
+    """Row 2: cos_in of the vanilla arm is above 0 (above the band, that is) on most steps. Sneaky: below. Likely fail: neither."""
+    if share(c > band for c in signed) > 0.5:
+        return SUCCESS
+    return SNEAKY if share(c < -band for c in signed) > 0.5 else LIKELY
 
 
 def judge_projection(cin: list[float], cout: list[float], fired: list[float]) -> str:
@@ -213,7 +211,7 @@ def judge_buckets(hacks: list[float], honest: list[float]) -> str:
     t, p = welch(hacks, honest)
     if not p < 0.05:
         return LIKELY
-    return SUCCESS if t > 0 and fmean(hacks) > 0 and fmean(honest) <= fmean(hacks) / 2 else OPEN
+    return SUCCESS if t > 0 and fmean(hacks) > 0 and fmean(honest) <= fmean(hacks) / 2 else NONE
 
 
 def welch(a: list[float], b: list[float]) -> tuple[float, float]:
@@ -234,7 +232,7 @@ def rules(vanilla: list[float], band: float, svd: list[float], svd_out: list[flo
         ("vanilla cos_in is about 0", vanilla, row_2 == LIKELY, "axes may matter later, when hacks are found: expect less"),
         ("vanilla cos_in is above .2 consistently", vanilla, vanilla and share(c > 0.2 for c in vanilla) >= ENOUGH,
          "the sweep is justified"),
-        ("projection brings cos_out below .05", svd_out, svd_out and fmean(svd_out) < 0.05, "it works: expect H1 in the sweep"),
+        ("projection brings cos_out below .05", svd_out, svd_out and fmean(svd_out) < 0.05, "it works: expect H1 of the sweep"),
         ("projection turns cos_in below 0", vanilla and svd, turned, "over-projection: a bug; find it first"),
         ("stop rule: vanilla cos_in is about 0 on all steps, cos_S_contrib is alike in all buckets", vanilla, nothing,
          "skip the sweep: the loss has nothing to do with these axes; make other ones, or a base pool that earns something"),
@@ -338,8 +336,9 @@ def cosine_table(made: dict) -> str:
     rows = []
     for (mode, arm), (run, twin) in made.items():
         cells = [f"{fmean(run[key]):+.3f} / {fmean(twin[key]):+.3f}" if run[key] else "–" for key in COSINES.values()]
-        rows.append([f"{mode} {arm}", *cells, f"{fmean(run['basis/null']):.3f}", f"{fmean(run['projection/fired']):.2f}"])
-    return markdown(["run", *COSINES, "cin by chance", "fired"], rows)
+        alone = [f"{fmean(run[key]):.3f}" for key in ("basis/null", "basis/held_out_signed", "projection/fired")]
+        rows.append([f"{mode} {arm}", *cells, *alone])
+    return markdown(["run", *COSINES, "cin by chance", "held-out pairs' signed", "fired"], rows)
 
 
 def bucket_table(made: dict, placebo: str) -> str:

@@ -12,7 +12,7 @@ from code_env import CALLED
 from plans import plan
 from replay import read_lines, write_lines
 
-S, L, N, O, ABSENT = probe.SUCCESS, probe.LIKELY, probe.SNEAKY, probe.OPEN, probe.ABSENT
+S, L, N, O, ABSENT = probe.SUCCESS, probe.LIKELY, probe.SNEAKY, probe.NONE, probe.ABSENT
 
 
 # ------------------------------------------------------------------------------------------------ the rows and the rules
@@ -31,7 +31,7 @@ def test_row_1_reward_spread(spreads, sizes, outcome):
 
 @pytest.mark.parametrize("signed, outcome", [
     ([0.3] * 11 + [-0.3] * 9, S),
-    ([0.3] * 10 + [-0.3] * 10, O),  # neither on most steps
+    ([0.3] * 10 + [-0.3] * 10, L),  # neither way on most steps
     ([0.1] * 11 + [0.3] * 9, L),  # within the placebo's band
     ([-0.1] * 6 + [0.1] * 6 + [0.3] * 8, L),
     ([-0.3] * 11 + [0.3] * 9, N),
@@ -120,7 +120,7 @@ def plant(root, modes=("nll", "grpo"), arms=("vanilla", "svd", "lora"), steps=20
                 line |= {"projection/fired": 0.9, "signed/teacher": 2 * level, "moved/signed": 0.07, "moved/cin": 0.4}
                 line |= {"signed/base": -level} if mode == "grpo" else {}
                 lines = [{"step": 0, "untrained/hack": 0.1}, *({"step": s + 1} | line for s in range(steps))]
-                lines[1]["basis/null"] = 0.14
+                lines[1] |= {"basis/null": 0.14, "basis/held_out_signed": 0.11}
                 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
                 for step in range(steps):
                     write_lines(folder / f"step_{step:03d}.cos.jsonl.gz", [
@@ -152,7 +152,7 @@ def test_the_report_says_what_was_planted(tmp_path):
     assert abs(float(pure.split()[0])) < 0.02
     assert cells(text, "grpo svd|+0.300 / +0.020")[2:5] == ["+0.600 / +0.040", "-0.300 / -0.020", "+0.070 / +0.070"]
     nll = cells(text, "nll vanilla|+0.300 / +0.020")
-    assert nll[3] == "–" and nll[-2:] == ["0.140", "0.90"]
+    assert nll[3] == "–" and nll[-3:] == ["0.140", "0.110", "0.900"]
     assert cells(text, "grpo lora|base|not hacked")[3] == "0.00" and cells(text, "grpo lora|teacher|hacked")[3] == "1.00"
     assert cells(text, "19")[1:] == ["+0.300 (-0.200)"] * 6
 
