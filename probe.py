@@ -190,7 +190,7 @@ def judge_spread(spreads: list[float], sizes: list[float]) -> str:
 
 
 def judge_direction(signed: list[float], band: float) -> str:
-    """Row 2: cos_in of the vanilla arm is above 0 (above the band, that is) on most steps. Sneaky: below. Likely fail: neither."""
+    """Row 2: cos_in of the vanilla arm is above 0 (above the band) on most steps. Sneaky: below. Likely fail: neither."""
     if share(c > band for c in signed) > 0.5:
         return SUCCESS
     return SNEAKY if share(c < -band for c in signed) > 0.5 else LIKELY

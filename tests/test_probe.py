@@ -124,7 +124,7 @@ def plant(root, modes=("nll", "grpo"), arms=("vanilla", "svd", "lora"), steps=20
                 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
                 for step in range(steps):
                     write_lines(folder / f"step_{step:03d}.cos.jsonl.gz", [
-                        {"src_pool": pool, "src_step": step, "src_sample": i, "hacked": pool == "teacher" and i != 3,
+                        {"src_pool": pool, "src_step": step, "src_sample": i, "hacked": i != 3 if pool == "teacher" else i == 5,
                          "cos_S_contrib": cosine(basis, pool, step, i), "grad_norm_contrib": float(i != 7)}
                         for pool in ("teacher", "base")[: 1 if mode == "nll" else 2] for i in range(8)
                     ])  # fmt: skip
@@ -143,7 +143,7 @@ def test_the_report_says_what_was_planted(tmp_path):
     assert cells(text, "teacher")[1:6] == ["160", "3.50", "0.875", "0.125", "1.000"]
     metrics = "reward spread", "cos_in, vanilla", "cos_out < cos_in, svd", "cos_out < cos_in, lora", "cos_S_contrib, vanilla"
     assert [cells(text, metric)[1] for metric in metrics] == [S] * 5
-    assert "0.020, on 20/20" in cells(text, "cos_in, vanilla")[2] and "(120)" in cells(text, "cos_S_contrib, vanilla")[2]
+    assert "0.020, on 20/20" in cells(text, "cos_in, vanilla")[2] and cells(text, "cos_S_contrib, vanilla")[2].count("(120)") == 2
     assert cells(text, "vanilla cos_in is above .2 consistently")[1:] == ["yes", "the sweep is justified"]
     basis, pure, both, t, p = cells(text, "pairs")
     assert pure.startswith("0.600") and both.startswith("0.300") and float(t) > 100 and float(p) < 1e-4
