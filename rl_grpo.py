@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+import monitor
 import routing
 from adapters import adapter_tensors, branch_parameters, reference, scaled, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch
 from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
+from pairs import authored
 from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
@@ -31,7 +33,7 @@ RENORMALISE = ("off", "good_only", "balanced")
 
 
 @dataclass
-class Config(Flags):
+class Config(Flags, monitor.Flags):
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
     routing_mode: str = "exclusive"
@@ -126,7 +128,8 @@ class Config(Flags):
         for name in ("routing_mode", "bad_lr_scale", "coherence_every", "renormalise") if self.routing == "none" else ():
             if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
-        self.check_projection()
+        self.check_projection(pairs_read=self.advantage == "probe")
+        self.check_probe()
         self.law()
 
     @property
@@ -343,6 +346,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.prompts = env.prompts("train")
         self.projector = Projector(model, tokenizer, config, config.temperature) if config.basis else None
+        self.probe = None
+        if config.advantage == "probe":
+            self.probe = monitor.fit(model, authored(tokenizer, config.pairs, config.pair_count)[0], config.probe_layer)
 
     def step(self) -> tuple[dict[str, float], str]:
         """One step: sample, score, route, step. Returns metrics and a sample to read.
@@ -360,7 +366,8 @@ class Trainer:
             rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
             clock.append(time.perf_counter())
             scores = self.env.score(repeated, completions, generator, config.coherence_recall if coherent else None)
-            rewards, advantages, is_rh, kept = self.credit(scores, generator)
+            z = monitor.score(self.model, self.probe, rollout) if self.probe else None
+            rewards, advantages, is_rh, kept = self.credit(scores, generator, z)
             if self.projector:
                 self.projector.observe(rollout, is_rh)
             clock.append(time.perf_counter())
@@ -369,18 +376,21 @@ class Trainer:
         self.steps_done += 1
         metrics |= {"coherence": float(bool(coherent)), "lr": config.lr * rate(step, config)}
         metrics |= describe(rollout, scores, rewards, advantages, is_rh, kept, config.num_generations)
+        metrics |= monitor.figures(z, scores.hack) if self.probe else {}
         names = ("time/rollout", "time/score", "time/update")
         metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
         metrics["time/tokens_per_s"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         return metrics, repeated[0] + completions[0]
 
-    def credit(self, scores, generator):
-        """Rewards after any treatment, advantages, the labels routed by, and what is trained on at all; all (N,)."""
+    def credit(self, scores, generator, z=None):
+        """Rewards after any treatment, advantages, the labels routed by, and what is trained on at all; all (N,). z (N,): the
+        probe's."""
         config, is_rh = self.config, torch.zeros_like(scores.is_rh)
         if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)
             is_rh = routing.placebo_labels(scores.is_rh, generator) if config.placebo else scores.is_rh
         rewards = routing.treated_rewards(scores.reward, is_rh, config.treatment, config.penalty)
+        rewards = rewards if z is None else monitor.modified(rewards, z, config.probe_form, config.probe_alpha)
         filtered, routed = config.treatment == "filter", config.routing == "dual"
         renormalise = "good_only" if filtered else config.renormalise if routed else "off"
         advantages = group_advantages(rewards, config.num_generations, config.loss_type != "dr_grpo", is_rh, renormalise)
