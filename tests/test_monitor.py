@@ -1,6 +1,7 @@
 """monitor.py: what the probe reads, how it is standardised, what it takes off a reward, and that in rl_grpo's loop."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -57,17 +58,11 @@ def test_scores_are_standardised_projections_of_the_frozen_bases_states(family, 
 @pytest.mark.parametrize("layers, layer", [(1, 1), (2, 1), (3, 2), (6, 4), (36, 24)])
 def test_the_default_layer_is_at_two_thirds_of_the_depth(layers, layer, monkeypatch):
     model = tiny("llama")
-    model.config.layers = layers
+    model.config = dataclasses.replace(model.config, layers=layers)
     monkeypatch.setattr(monitor, "states", lambda model, layer, ids, valid, start: rand(2, 5, seed=len(ids[0])).float())
     assert fit(model, PAIRS).layer == layer and fit(model, PAIRS, layers).layer == layers
     with pytest.raises(ValueError, match=f"--probe_layer {layers + 1}: the model has {layers} layers"):
         fit(model, PAIRS, layers + 1)
-
-
-def test_completions_that_do_not_differ_fit_no_probe():
-    model = attach(tiny("llama"), preset("r4", dual=False))
-    with pytest.raises(ValueError, match="the completions of 2 pairs all look the same to layer 1"):
-        fit(model, [([1, 2], [3], [3]), ([1, 2], [3], [3])], 1)
 
 
 def test_what_the_probe_takes_off_a_reward():

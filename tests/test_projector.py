@@ -47,7 +47,7 @@ def same(a: dict, b: dict) -> bool:
     ({"basis": "pairs", "projection": "no_gate", "removed": "route", "routing": "dual"}, "leave --routing at none"),
     *[({"basis": "pairs", "projection": "agem", name: value}, f"--{name} is of one_sided, no_gate, reverse: it does nothing for")
       for name, value in {"project_on": "update", "removed": "route", "overshoot": 1.5, "norm_rescale": True}.items()],
-    ({"basis": "random", "projection": "complement"}, "--projection complement takes gradients of pairs, --basis random is of none"),
+    ({"basis": "random", "projection": "complement"}, "complement takes gradients of pairs, --basis random is of none"),
     ({"projection": "pcgrad"}, "--projection does nothing without a --basis"),
     ({"basis": "live"}, "say how often by --basis_refresh"),
     ({"basis": "pairs", "basis_use": 9, "basis_keep": 5}, "--basis_use <= --basis_keep"),
