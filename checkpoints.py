@@ -91,7 +91,7 @@ def unpack(tensors: dict[str, Tensor], plain):
     if len(plain) == 1:
         (tag, content), = plain.items()
         if tag == "__tensor__":
-            return tensors[content]
+            return tensors[content].clone()  # in a file's buffer it lies anywhere; products round by how a tensor is aligned
         if tag == "__ndarray__":
             return tensors[content].numpy()
         if tag == "__tuple__":

@@ -151,7 +151,8 @@ def oriented_axes(D: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     projections = exact @ V.t()  # (P, k)
     majority = projections.sign().sum(0)
     lean = torch.where(majority == 0, projections.mean(0), majority)
-    return (V * torch.where(lean < 0, -1.0, 1.0)[:, None]).to(D.dtype), singular.to(D.dtype)
+    V = (V * torch.where(lean < 0, -1.0, 1.0)[:, None]).to(D.dtype)
+    return V.contiguous(), singular.to(D.dtype)  # as a file gives it back: products round by the layout
 
 
 def extract(
@@ -189,7 +190,7 @@ def random_basis(like: Basis, seed: int) -> Basis:
     for name, V in like.rows.items():
         generator = torch.Generator().manual_seed(int(text_hash(f"{seed} {name}")[:15], 16))
         Q, R = torch.linalg.qr(torch.randn(V.shape, generator=generator, dtype=torch.float64).t())
-        rows[name] = (Q * R.diagonal().sign()).t().to(V)
+        rows[name] = (Q * R.diagonal().sign()).t().to(V).contiguous()
     return Basis(rows, dict(like.singular), like.origin | {"pairs": f"random, seed {seed}"})
 
 
@@ -375,7 +376,7 @@ def agem(gradient: Tensor, memory: Tensor) -> Tensor:
 def span(directions: Tensor) -> Tensor:
     """Orthonormal rows (r, n) with the span of directions (k, n), which need be neither orthogonal nor independent."""
     _, singular, V = torch.linalg.svd(directions.double(), full_matrices=False)
-    return V[singular > 1e-6 * singular[0]].to(directions.dtype)
+    return V[singular > 1e-6 * singular[0]].to(directions.dtype).contiguous()
 
 
 def orthogonal_complement(gradient: Tensor, rows: Tensor) -> Tensor:

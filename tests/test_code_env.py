@@ -269,9 +269,7 @@ def test_a_run_its_evaluation_and_its_resumption(tmp_path, box, capsys):
 BASIS = ["--lora_config", "ds", "--basis", "pairs", "--pair_count", "4", "--projection"]
 
 
-@pytest.mark.parametrize("flags", [*([*BASIS, mode] for mode in WHOLE), ["--advantage", "probe"],
-                                   ["--advantage", "probe", "--probe_form", "scale", "--probe_layer", "1"]],
-                         ids=lambda flags: flags[-1])  # fmt: skip
+@pytest.mark.parametrize("flags", [*([*BASIS, mode] for mode in WHOLE), ["--advantage", "probe"]], ids=lambda flags: flags[-1])
 def test_baselines_run_and_a_killed_one_goes_on_bitwise(tmp_path, box, flags):
     words = [*SMALL, "--box", box, *flags]
     one, two = tmp_path / "one", tmp_path / "two"
