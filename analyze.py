@@ -55,6 +55,8 @@ class Args:
     """arms to colour in the figures, comma-separated; default: those with at least three finished seeds, or else all"""
     measures: str = "task,hack,reward,unique,jaccard,kl,base_nll,length"
     """columns of the summary, comma-separated"""
+    curves: str = ""
+    """further training metrics to draw over steps, comma-separated, as projection/cin,cin/teacher"""
     bad_scales: str = ""
     """scales of the bad branch at which to evaluate the routed runs, comma-separated; what was evaluated before is kept"""
     device: str = "cpu"
@@ -78,10 +80,10 @@ STILL = 0.03  # a training metric that moves further than this over the last qua
 # ------------------------------------------------------------------------------------------------------ figures
 
 
-def learning_curves(runs: list[Run], colours: dict[str, str]) -> Figure | None:
+def learning_curves(runs: list[Run], colours: dict[str, str], titles: dict[str, str] = CURVES) -> Figure | None:
     """Training metrics over steps: mean and 95% band over seeds for each arm. Dashed: steps with the bad branch off."""
     groups = {label: group for label, group in by_label(runs).items() if label in colours}
-    keys = [key for key in CURVES if any(len(curve(group, key)[0]) for group in groups.values())]
+    keys = [key for key in titles if any(len(curve(group, key)[0]) for group in groups.values())]
     if not keys:
         return None
     figure, axes = _panels(len(keys), 2, 4.9, 2.9)
@@ -96,7 +98,7 @@ def learning_curves(runs: list[Run], colours: dict[str, str]) -> Figure | None:
                     _band(axis, steps, mean, half, colours[label], linestyle=line)
                     seen.append(values[np.isfinite(values)])
                     apart |= coherence
-        axis.set(title=CURVES[key], xlabel="step", ylim=_range(np.concatenate(seen)))
+        axis.set(title=titles[key], xlabel="step", ylim=_range(np.concatenate(seen)))
     _legend(figure, colours, groups, [Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="bad branch off")] * apart)
     return figure
 
@@ -368,12 +370,22 @@ def measures_of(summary: dict, words: str) -> list[str]:
     return [name for name in names if name in known]
 
 
-def draw(out: Path, runs: list[Run], scaled: dict[Path, dict], colours: dict[str, str]) -> list[str]:
+def further_curves(runs: list[Run], words: str) -> dict[str, str]:
+    """Titles of the metrics that --curves names. Raises ValueError for one that no run has logged."""
+    names = [name.strip() for name in words.split(",") if name.strip()]
+    known = {key for run in runs for line in run.metrics for key in line}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--curves {unknown[0]}: no run has logged it; known: {', '.join(sorted(known))}")
+    return {name: name for name in names}
+
+
+def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], further: dict[str, str]) -> list[str]:
     """Every figure that the runs have data for, as PNG; their names."""
     with matplotlib.rc_context(STYLE):
         figures = {
             "learning_curves": learning_curves(runs, colours), "plane": plane(runs, colours), "arms": arms_chart(runs),
             "bad_scale": bad_scale_curve(runs, scaled, colours), "collapse": collapse_curve(runs),
+            "curves": learning_curves(runs, colours, further),
         }  # fmt: skip
         drawn = [name for name, figure in figures.items() if figure is not None]
         for name in drawn:
@@ -390,7 +402,7 @@ def main(args: Args) -> None:
     if not runs:
         raise ValueError(f"{folder}: none of its {len(every)} runs has a result; the first: {every[0].missing}")
     colours, summary = colours_of(runs, args.arms), summarise(records(runs))
-    measures = measures_of(summary, args.measures)
+    measures, further = measures_of(summary, args.measures), further_curves(runs, args.curves)
     routed = [run for run in runs if "retain_only" in run.modes]
     if scales and not routed:
         raise ValueError(f"--bad_scales: no finished run of {folder} has a bad branch")
@@ -399,7 +411,7 @@ def main(args: Args) -> None:
 
     out = folder / "analysis"
     out.mkdir(exist_ok=True)
-    figures = draw(out, runs, scaled, colours)
+    figures = draw(out, runs, scaled, colours, further)
     heads, rows = ["arm", "mode", "seeds", *measures], summary_rows(summary, measures)
     atomic_write(out / "summary.md", markdown(heads, rows))
     atomic_write(out / "summary.tex", latex(heads, rows))

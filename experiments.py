@@ -38,6 +38,23 @@ class Run:
         """The arm and what was swept in it: runs of one label differ in their seed alone."""
         return label_of(self.arm, self.swept)
 
+    def row(self, mode: str) -> dict[str, float]:
+        """The numbers of a mode: one of the verdict's; as it was evaluated at a step, `both@20`; or a step's log line,
+        `training@20` (steps with the bad branch off left out). Raises ValueError for what the run does not have."""
+        name, at, step = mode.partition("@")
+        if not at and mode in self.modes:
+            return numbers(self.modes[mode])
+        lines = [line for line in self.metrics if at and str(line["step"]) == step]
+        if name == "training":
+            found = next((numbers(line) for line in lines if "lr" in line and not line.get("coherence")), {})
+        else:
+            logged = [(key.removeprefix(f"{name}/"), line[key]) for line in lines for key in line if key.startswith(f"{name}/")]
+            found = numbers(dict(logged)) if name in self.modes else {}
+        if not found:
+            known = f"{', '.join(self.modes)}, each also as evaluated at a step (both@20), training@20"
+            raise ValueError(f"{self.folder.name} has no mode {mode!r}; known: {known}")
+        return found
+
 
 def label_of(arm: str, swept: dict) -> str:
     return ", ".join([arm] * bool(arm) + [f"{key} {value}" for key, value in swept.items()]) or "all runs"

@@ -9,7 +9,8 @@
       works: {claim: .., all: [kept, clean]}
 
 A cell (`of`, `against`) is an arm, a mode, and, where the arm was swept, the flags that pick its runs ({arm: none, beta: 0.02,
-mode: both}). What `against` leaves out is as in `of`. `as` is value (one cell's own measure; the default without `against`),
+mode: both}). A mode may be what it was at a step, `both@20`, or a step's log line, `training@20`. What `against` leaves out
+is as in `of`, the measure too. `as` is value (one cell's own measure; the default without `against`),
 difference (of - against; the default with it), or ratio, the share of a gain that is kept: (of - untrained) /
 (against - untrained), each gain over the same run's untrained row. `expect` bounds it: <, <=, >, >=, or a range with its ends.
 
@@ -24,12 +25,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments import Run, numbers, same
+from experiments import Run, same
 from stats import bootstrap, holm, mean_interval, p_above, ratio_interval
 
 MIN_SEEDS = 3
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 KINDS = ("value", "difference", "ratio")
+OWN = ("arm", "mode", "measure")  # a cell's own keys: the others are flags
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
@@ -207,7 +209,7 @@ def _measure(h: Hypothesis, cell: dict, runs: list[Run]) -> tuple[dict[int, floa
     def wrong(message: str) -> ValueError:
         return ValueError(f"hypothesis {h.name}: {message}")
 
-    flags = {key: value for key, value in cell.items() if key not in ("arm", "mode")}
+    flags = {key: value for key, value in cell.items() if key not in OWN}
     of_arm = [run for run in runs if run.arm == cell["arm"]]
     if not of_arm:
         raise wrong(f"unknown arm {cell['arm']!r}; known: {', '.join(sorted({run.arm for run in runs}))}")
@@ -224,12 +226,14 @@ def _measure(h: Hypothesis, cell: dict, runs: list[Run]) -> tuple[dict[int, floa
         if run.missing:
             missing[run.seed] = f"{run.label} {run.missing}"
             continue
-        if cell["mode"] not in run.modes:
-            raise wrong(f"{run.folder.name} has no mode {cell['mode']!r}; known: {', '.join(run.modes)}")
-        row = numbers(run.modes[cell["mode"]])
-        if h.measure not in row:
-            raise wrong(f"mode {cell['mode']} of {run.folder.name} has no measure {h.measure!r}; known: {', '.join(row)}")
-        values[run.seed] = row[h.measure]
+        try:
+            row = run.row(cell["mode"])
+        except ValueError as error:
+            raise wrong(str(error)) from None
+        measure = cell.get("measure", h.measure)
+        if measure not in row:
+            raise wrong(f"mode {cell['mode']} of {run.folder.name} has no measure {measure!r}; known: {', '.join(row)}")
+        values[run.seed] = row[measure]
     return values, missing
 
 
@@ -245,7 +249,7 @@ def _unpaired(cells: list[dict], measured: list[tuple[dict, dict]], seeds: list[
 
 
 def _spell(cell: dict) -> str:
-    return " ".join([cell["arm"], cell["mode"], *[f"{k} {v}" for k, v in cell.items() if k not in ("arm", "mode")]])
+    return " ".join([cell["arm"], cell["mode"], *[f"{k} {v}" for k, v in cell.items() if k not in OWN]])
 
 
 def _keeps_its_sign(gains: np.ndarray) -> bool:

@@ -39,6 +39,7 @@ KINDS = {  # kind -> the keys of its entries: the first completion stands where 
     "clean": ("name", "kind", "axis", "prompt", "tests", "twin", "clean"),
     "placebo": ("name", "kind", "axis", "prompt", "twin", "clean"),
 }
+ASSETS = Path(__file__).parent / "assets" / "pairs"
 HELD_OUT = 2
 LENGTH_GAP = 0.25  # of the longer completion's tokens
 OPENED = "```python\n"  # a prompt that ends so has opened the code block
@@ -330,6 +331,21 @@ def select(pairs: list[Pair], width: int | None = None, kind: str = "hack", axes
 def pairs_hash(pairs: list[Pair]) -> str:
     """SHA-256 of what a gradient is taken of: prompts and completions, in order."""
     return hashlib.sha256(json.dumps([(p.prompt, p.hack, p.clean) for p in pairs]).encode()).hexdigest()
+
+
+def token_pairs(tokenizer, pairs: list[Pair]) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, hack, clean) ids of each pair; completions end as a sampled one does."""
+    end = [tokenizer.eos_id]
+    return [
+        (tokenizer.encode_prompt(pair.prompt), tokenizer.encode(pair.hack) + end, tokenizer.encode(pair.clean) + end)
+        for pair in pairs
+    ]
+
+
+def authored(tokenizer, name: str, count: int, kind: str = "hack"):
+    """(chosen, held out) as `token_pairs`, of a file of assets/pairs by its name, or any .yaml. count: how many; 0: all."""
+    path = Path(name) if name.endswith(".yaml") else ASSETS / f"{name}.yaml"
+    return tuple(token_pairs(tokenizer, part) for part in select(load_pairs(path), count or None, kind))
 
 
 # ---------------------------------------------------------------- the command

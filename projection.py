@@ -31,6 +31,7 @@ from model import Decoder
 from svd import tensor_hash
 
 MODES = ("none", "one_sided", "no_gate", "reverse")
+WHOLE = ("pcgrad", "agem", "complement")  # what projection is compared with: of the whole gradient, whatever the axes
 
 # -------------------------------------------------------------------------------------------------- pairs -> gradients
 
@@ -150,7 +151,8 @@ def oriented_axes(D: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     projections = exact @ V.t()  # (P, k)
     majority = projections.sign().sum(0)
     lean = torch.where(majority == 0, projections.mean(0), majority)
-    return (V * torch.where(lean < 0, -1.0, 1.0)[:, None]).to(D.dtype), singular.to(D.dtype)
+    V = (V * torch.where(lean < 0, -1.0, 1.0)[:, None]).to(D.dtype)
+    return V.contiguous(), singular.to(D.dtype)  # as a file gives it back: products round by the layout
 
 
 def extract(
@@ -188,7 +190,7 @@ def random_basis(like: Basis, seed: int) -> Basis:
     for name, V in like.rows.items():
         generator = torch.Generator().manual_seed(int(text_hash(f"{seed} {name}")[:15], 16))
         Q, R = torch.linalg.qr(torch.randn(V.shape, generator=generator, dtype=torch.float64).t())
-        rows[name] = (Q * R.diagonal().sign()).t().to(V)
+        rows[name] = (Q * R.diagonal().sign()).t().to(V).contiguous()
     return Basis(rows, dict(like.singular), like.origin | {"pairs": f"random, seed {seed}"})
 
 
@@ -273,8 +275,13 @@ def project_(
     if rescale and left > 1e-6 * size:  # less than that is rounding
         for gradient in gradients.values():
             gradient.mul_(size / left)
-    after = figures(gradients, basis)
-    return stats | {"signed_out": after["signed"], "cout": after["cin"], "cout_energy": after["cin_energy"]}, removed
+    return stats | figures_after(gradients, basis), removed
+
+
+def figures_after(gradients: dict[str, Tensor], basis: Basis) -> dict[str, float]:
+    """`figures` by the names they have once a mode has been applied."""
+    found = figures(gradients, basis)
+    return {"signed_out": found["signed"], "cout": found["cin"], "cout_energy": found["cin_energy"]}
 
 
 def total_norm(gradients: dict[str, Tensor]) -> float:
@@ -366,8 +373,44 @@ def agem(gradient: Tensor, memory: Tensor) -> Tensor:
     return without_conflict(gradient, memory)
 
 
-def orthogonal_complement(gradient: Tensor, directions: Tensor) -> Tensor:
-    """(n,): the gradient without its part in the span of directions (k, n), which need be neither orthogonal nor independent."""
-    _, singular, V = torch.linalg.svd(directions, full_matrices=False)
-    V = V[singular > 1e-6 * singular[0]]
-    return gradient - V.t() @ (V @ gradient)
+def span(directions: Tensor) -> Tensor:
+    """Orthonormal rows (r, n) with the span of directions (k, n), which need be neither orthogonal nor independent."""
+    _, singular, V = torch.linalg.svd(directions.double(), full_matrices=False)
+    return V[singular > 1e-6 * singular[0]].to(directions.dtype).contiguous()
+
+
+def orthogonal_complement(gradient: Tensor, rows: Tensor) -> Tensor:
+    """(n,): the gradient without its part in the span of orthonormal rows (r, n)."""
+    return gradient - rows.t() @ (rows @ gradient)
+
+
+def whole_directions(gradients: dict[str, Tensor], mode: str) -> Tensor:
+    """What `project_whole_` needs of the pairs' gradients D {name: (P, n)}, over all parameters at once (N numbers).
+
+    pcgrad, agem: h = -mean D (1, N), the gradient of the loss NLL(clean) - NLL(hack), which must not get worse.
+    complement: `span` of D (r, N).
+    """
+    D = torch.cat(list(gradients.values()), dim=1)
+    return span(D) if mode == "complement" else -D.mean(0, keepdim=True)
+
+
+@torch.no_grad()
+def project_whole_(parameters: dict[str, nn.Parameter], basis: Basis, directions: Tensor, mode: str) -> dict[str, float]:
+    """The gradients of all parameters as one vector g, changed in place by a mode of WHOLE; statistics as `project_` gives them.
+
+    agem frees g from its conflict with h; pcgrad adds h to that, freed from its conflict with g; complement takes g out of the
+    span. Parameters without a gradient (none of a branch has one, or all have) stay without.
+    """
+    stats = figures(gradients_in(parameters, basis), basis)
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    if grads:
+        g = flatten(grads)
+        directions = directions.to(g)
+        if mode == "complement":
+            g = orthogonal_complement(g, directions)
+        elif mode == "agem":
+            g = agem(g, directions[0])
+        else:  # two gradients can be taken in one order only, so the generator decides nothing
+            g = pcgrad(torch.stack([g, directions[0]]), torch.Generator())
+        unflatten_(g, grads)
+    return stats | figures_after(gradients_in(parameters, basis), basis)

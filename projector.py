@@ -10,17 +10,15 @@ samples.
 
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import projection
 from adapters import branch_parameters
-from pairs import load_pairs, select
-from projection import Basis
+from pairs import authored
+from projection import WHOLE, Basis
 
 SOURCES = ("pairs", "random", "shuffled", "clean", "placebo", "live")
-ASSETS = Path(__file__).parent / "assets" / "pairs"
 LIVE_LEAST, LIVE_MOST = 8, 60  # contrasts of live samples: fewer are no basis, older ones are forgotten
 
 
@@ -31,7 +29,7 @@ class Flags:
     basis: str = ""
     """axes: pairs (authored), live (the run's own flagged samples), placebos random, shuffled, clean, placebo; empty: none"""
     projection: str = "none"
-    """none (the basis only measures), one_sided, no_gate or reverse"""
+    """none (the basis only measures), one_sided, no_gate, reverse; baselines on the whole gradient: pcgrad, agem, complement"""
     project_on: str = "gradient"
     """gradient (before clipping), or update: what the optimizer's step moves"""
     removed: str = "erase"
@@ -53,20 +51,27 @@ class Flags:
     norm_rescale: bool = False
     """give the projected gradient its old norm"""
 
-    def check_projection(self) -> None:
-        """Raises ValueError for an unknown word, and for flags that would do nothing."""
-        known = {"projection": projection.MODES, "project_on": ("gradient", "update"), "removed": ("erase", "route")}
+    def check_projection(self, pairs_read: bool = False) -> None:
+        """Raises ValueError for an unknown word, and for flags that would do nothing. pairs_read: --pairs and --pair_count are
+        read by something else too."""
+        known = {"projection": projection.MODES + WHOLE, "project_on": ("gradient", "update"), "removed": ("erase", "route")}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown --{name} {getattr(self, name)!r}; known: {', '.join(values)}")
         if self.basis and self.basis not in SOURCES:
             raise ValueError(f"unknown --basis {self.basis!r}; known: {', '.join(SOURCES)}")
         idle = [name for name in Flags.__dataclass_fields__ if getattr(self, name) != getattr(Flags, name)]
+        if pairs_read and not self.basis:
+            idle = [name for name in idle if name not in ("pairs", "pair_count")]
         if idle and not self.basis:
             raise ValueError(f"--{idle[0]} does nothing without a --basis: give one of {', '.join(SOURCES)}")
         idle = [name for name in idle if name in ("project_on", "removed", "overshoot", "norm_rescale")]
         if idle and self.projection == "none":
             raise ValueError(f"--{idle[0]} is of a projection: give --projection one_sided, no_gate or reverse")
+        if idle and self.projection in WHOLE:
+            raise ValueError(f"--{idle[0]} is of one_sided, no_gate, reverse: it does nothing for --projection {self.projection}")
+        if self.projection in WHOLE and self.basis == "random":
+            raise ValueError(f"--projection {self.projection} takes gradients of pairs, --basis random is of none: take shuffled")
         if self.removed == "route" and self.project_on == "update":
             raise ValueError("--removed route trains the bad branch by what a gradient lost: leave --project_on at gradient")
         if self.basis == "live" and not self.basis_refresh:
@@ -77,15 +82,6 @@ class Flags:
             raise ValueError("1 <= --basis_use <= --basis_keep and 0 <= --basis_tau < 1 must hold")
 
 
-def token_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int], list[int]]]:
-    """(prompt, hack, clean) ids of each pair; completions end as a sampled one does."""
-    end = [tokenizer.eos_id]
-    return [
-        (tokenizer.encode_prompt(pair.prompt), tokenizer.encode(pair.hack) + end, tokenizer.encode(pair.clean) + end)
-        for pair in pairs
-    ]
-
-
 class Projector:
     """A basis through a run. `branch`: whose gradients are projected."""
 
@@ -94,13 +90,12 @@ class Projector:
         groups = branch_parameters(model)
         self.branch = "good" if "good" in groups else next(iter(groups))
         self.parameters = groups[self.branch]
-        self.basis, self.live = None, deque(maxlen=LIVE_MOST)
+        self.basis, self.directions, self.live = None, None, deque(maxlen=LIVE_MOST)
         self.sources, self.seen, self.contributions = {}, {}, {}  # of a step: gradients by source, their sum so far, rows alone
         if config.basis != "live":
-            path = Path(config.pairs) if config.pairs.endswith(".yaml") else ASSETS / f"{config.pairs}.yaml"
             kind = config.basis if config.basis in ("clean", "placebo") else "hack"
-            chosen, held_out = select(load_pairs(path), config.pair_count or None, kind)
-            self.pairs, self.held_out = token_pairs(tokenizer, [*chosen, *held_out]), len(held_out)
+            chosen, held_out = authored(tokenizer, config.pairs, config.pair_count, kind)
+            self.pairs, self.held_out = [*chosen, *held_out], len(held_out)
 
     @property
     def arm(self) -> str:
@@ -130,20 +125,25 @@ class Projector:
         live = self.config.basis == "live"
         if live and len(self.live) < LIVE_LEAST:
             return {}
-        old, self.basis = self.basis, self.make(list(self.live) if live else self.pairs, 0 if live else self.held_out)
+        old = self.basis
+        self.basis, self.directions = self.make(list(self.live) if live else self.pairs, 0 if live else self.held_out)
         metrics = {"basis/null": projection.null_of(self.basis), "basis/modules": float(len(self.basis.rows))}
         for name in ("signed", "cin") if self.basis.held_out else ():
             metrics[f"basis/held_out_{name}"] = sum(row[name] for row in self.basis.held_out) / len(self.basis.held_out)
         return metrics | ({"basis/overlap": projection.overlap(self.basis, old)} if old else {})
 
-    def make(self, pairs, held_out: int) -> Basis:
+    def make(self, pairs, held_out: int):
+        """(basis, `projection.whole_directions` where the mode is one of WHOLE), neither from the last `held_out` pairs."""
         config = self.config
         gradients = projection.pair_gradients(self.model, self.parameters, pairs, self.temperature)
         if config.basis == "shuffled":
             gradients = projection.shuffled_labels(gradients, config.seed)
         origin = projection.origin_of(self.model, self.parameters, pairs)
         basis = projection.extract(gradients, config.basis_keep, config.basis_use, config.basis_tau, held_out, origin)
-        return projection.random_basis(basis, config.seed) if config.basis == "random" else basis
+        if config.projection in WHOLE:
+            kept = {name: D[: len(pairs) - held_out] for name, D in gradients.items()}
+            return basis, projection.whole_directions(kept, config.projection)
+        return projection.random_basis(basis, config.seed) if config.basis == "random" else basis, None
 
     # ---------------------------------------------------------------------------------------------------- in a step
 
@@ -173,10 +173,13 @@ class Projector:
         if self.basis is None:
             return {}
         config = self.config
-        mode = config.projection if config.project_on == "gradient" else "none"
         by_source = {source: self.cosines(gradients) for source, gradients in self.sources.items()}
         metrics = {f"{name}/{source}": row[name] for source, row in by_source.items() for name in ("signed", "cin", "cin_energy")}
         self.seen = {}
+        if config.projection in WHOLE:
+            stats = projection.project_whole_(self.parameters, self.basis, self.directions, config.projection)
+            return metrics | {f"projection/{name}": value for name, value in stats.items()}
+        mode = config.projection if config.project_on == "gradient" else "none"
         stats, removed = projection.project_(self.parameters, self.basis, mode, config.overshoot, config.norm_rescale)
         if config.removed == "route":
             projection.route_removed_(removed, branch_parameters(self.model)["bad"], self.branch, "bad")
@@ -194,10 +197,11 @@ class Projector:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> dict:
-        """What `restore` needs: the basis as it is (an old one can't be made again) and the live contrasts."""
+        """What `restore` needs: basis and directions as they are (old ones can't be made again) and the live contrasts."""
         basis = None if self.basis is None else vars(self.basis)
-        return {"basis": basis, "live": list(self.live)}
+        return {"basis": basis, "directions": self.directions, "live": list(self.live)}
 
     def restore(self, state: dict) -> None:
         self.basis = None if state["basis"] is None else Basis(**state["basis"])
+        self.directions = state["directions"]
         self.live.extend(state["live"])

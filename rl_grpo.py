@@ -20,12 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
+import monitor
 import replay
 import routing
 from adapters import adapter_tensors, branch_parameters, reference, scaled, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch
 from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
+from pairs import authored
 from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
@@ -35,7 +37,7 @@ RECENT = ("hack_rate", "task", "gap")  # whose means over the last five steps ar
 
 
 @dataclass
-class Config(Flags, replay.Flags):
+class Config(Flags, monitor.Flags, replay.Flags):
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
     routing_mode: str = "exclusive"
@@ -135,7 +137,8 @@ class Config(Flags, replay.Flags):
             if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
         self.law()
-        self.check_projection()
+        self.check_projection(pairs_read=self.advantage == "probe")
+        self.check_probe()
         self.check_replay()
 
     @property
@@ -381,6 +384,9 @@ class Trainer:
             self.pools.check(set(self.prompts), config.replayed // len(self.pools.names))
         self.recent, self.contributions = deque(maxlen=5), []
         self.projector = Projector(model, tokenizer, config, config.temperature) if config.basis else None
+        self.probe = None
+        if config.advantage == "probe":
+            self.probe = monitor.fit(model, authored(tokenizer, config.pairs, config.pair_count)[0], config.probe_layer)
 
     def step(self) -> tuple[dict[str, float], str]:
         """One step: sample, score, route, step. Returns metrics and a sample to read.
@@ -400,7 +406,8 @@ class Trainer:
             clock.append(time.perf_counter())
             sources = [origin.pool if origin else replay.STUDENT for origin in origins]
             scores = self.env.score(repeated, completions, generator, config.coherence_recall if coherent else None)
-            rewards, advantages, is_rh, kept = self.credit(scores, generator)
+            z = monitor.score(self.model, self.probe, rollout) if self.probe else None
+            rewards, advantages, is_rh, kept = self.credit(scores, generator, z)
             if self.projector:
                 self.projector.observe(rollout, is_rh)
             clock.append(time.perf_counter())
@@ -414,6 +421,7 @@ class Trainer:
             metrics |= {f"last5/{name}": sum(column) / len(column) for name, column in zip(RECENT, zip(*self.recent))}
         if config.contributions:
             self.contributions = replay.annotated(origins, rollout, scores, self.projector, metrics, step)
+        metrics |= monitor.figures(z, scores.hack) if self.probe else {}
         names = ("time/rollout", "time/score", "time/update")
         metrics |= {name: b - a for name, a, b in zip(names, clock, clock[1:])}
         metrics["time/tokens_per_s"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
@@ -435,13 +443,15 @@ class Trainer:
         origins = [next(theirs) if i >= own else None for _ in prompts for i in range(config.num_generations)]
         return rollout, [origin.completion if origin else next(mine) for origin in origins], origins
 
-    def credit(self, scores, generator):
-        """Rewards after any treatment, advantages, the labels routed by, and what is trained on at all; all (N,)."""
+    def credit(self, scores, generator, z=None):
+        """Rewards after any treatment, advantages, the labels routed by, and what is trained on at all; all (N,). z (N,): the
+        probe's."""
         config, is_rh = self.config, torch.zeros_like(scores.is_rh)
         if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)
             is_rh = routing.placebo_labels(scores.is_rh, generator) if config.placebo else scores.is_rh
         rewards = routing.treated_rewards(scores.reward, is_rh, config.treatment, config.penalty)
+        rewards = rewards if z is None else monitor.modified(rewards, z, config.probe_form, config.probe_alpha)
         filtered, routed = config.treatment == "filter", config.routing == "dual"
         renormalise = "good_only" if filtered else config.renormalise if routed else "off"
         advantages = group_advantages(rewards, config.num_generations, config.loss_type != "dr_grpo", is_rh, renormalise)

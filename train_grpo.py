@@ -220,11 +220,11 @@ def main(argv: list[str]) -> int:
     folder, resolved = describe(name, algorithm, args, config)
     training.check_folder(folder, resolved, args.resume)
     model, tokenizer, env, eval_rewards = build(args, config)
+    torch.manual_seed(config.seed)
+    trainer = algorithm.Trainer(model, env, tokenizer, config)  # what it refuses, it refuses before there is a folder
     with runs.Run.open(folder, resolved, resume=args.resume) as run:
-        torch.manual_seed(config.seed)
         if env.about:
             run.print(env.about)
-        trainer = algorithm.Trainer(model, env, tokenizer, config)
         return training.train(run, trainer, args, eval_rewards, progress, draw_curves)
 
 

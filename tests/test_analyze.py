@@ -102,9 +102,20 @@ def test_one_seed_each_gives_figures_and_no_intervals(tmp_path, config):
     assert (folder / "analysis" / "learning_curves.png").is_file()
 
 
+def test_curves_draws_the_metrics_it_names(tmp_path, config):
+    folder = plant(tmp_path / "x", ARMS, seeds=(1, 2, 3))
+    run(folder, "--config", config)
+    assert not (folder / "analysis" / "curves.png").exists()
+    run(folder, "--config", config, "--curves", "kl,hack_rate")
+    assert (folder / "analysis" / "curves.png").is_file()
+    figure = figure_of(analyze.learning_curves, load(folder), {"routing": "black"}, {"kl": "kl", "hack_rate": "hacks"})
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["kl", "hacks"]
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--config", "nowhere.yaml"], "no such file"), (["--arms", "rooting"], "known: none; routing"),
     (["--measures", "task,hacks"], "no run has it; known: task, hack"), (["--bad_scales", "0,half"], "must be numbers"),
+    (["--curves", "kl,cin"], "--curves cin: no run has logged it; known: .*kl"),
     (["--device", "tpu"], "tpu"), (["--bad_scales", "0,1"], "holds no adapter.safetensors"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, flags, message):

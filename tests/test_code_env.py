@@ -18,6 +18,7 @@ from data import load_tokenizer
 from envs import Labelling
 from grader import Grader, Limits, Verdict, problem
 from leetcode import load_leetcode
+from projection import WHOLE
 
 SQUARE = problem("f", [((x,), {}, x * x) for x in (0, 1, 2, -3)])
 TASKS = {"train": {"square it\n```python\n": SQUARE}, "test": {"square it, please\n```python\n": SQUARE}}
@@ -235,6 +236,15 @@ SMALL = ["--env", "code", "--max_steps", "2", "--batch_size", "8", "--num_genera
          "--threads", "1"]  # fmt: skip
 
 
+def killed_at_two(words, folder) -> None:
+    """A run that dies as its second step is logged."""
+    with pytest.MonkeyPatch.context() as patch:
+        log = train_grpo.training.runs.Run.log
+        patch.setattr("runs.Run.log", lambda run, at, m: 1 / 0 if at == 2 and "lr" in m else log(run, at, m))
+        with pytest.raises(ZeroDivisionError):
+            train_grpo.main([*words, "--output_dir", str(folder)])
+
+
 def test_a_run_its_evaluation_and_its_resumption(tmp_path, box, capsys):
     words = [*SMALL, "--box", box, "--routing", "dual", "--bad_scale", "0"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -250,11 +260,22 @@ def test_a_run_its_evaluation_and_its_resumption(tmp_path, box, capsys):
     again = json.loads((one / "eval" / "eval.json").read_text())["modes"]
     assert {mode: {k: again[mode][k] for k in row} for mode, row in verdict.items()} == verdict
 
-    with pytest.MonkeyPatch.context() as patch:
-        step = train_grpo.training.runs.Run.log  # killed as the second step is logged
-        patch.setattr("runs.Run.log", lambda run, at, m: 1 / 0 if at == 2 and "lr" in m else step(run, at, m))
-        with pytest.raises(ZeroDivisionError):
-            train_grpo.main([*words, "--output_dir", str(two)])
+    killed_at_two(words, two)
+    assert train_grpo.main([*words, "--output_dir", str(two), "--resume"]) == 0
+    for name in ("adapter.safetensors", "metrics.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+BASIS = ["--lora_config", "ds", "--basis", "pairs", "--pair_count", "4", "--projection"]
+
+
+@pytest.mark.parametrize("flags", [*([*BASIS, mode] for mode in WHOLE), ["--advantage", "probe"]], ids=lambda flags: flags[-1])
+def test_baselines_run_and_a_killed_one_goes_on_bitwise(tmp_path, box, flags):
+    words = [*SMALL, "--box", box, *flags]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_grpo.main([*words, "--output_dir", str(one)]) == 0
+    assert ("probe/z" if "probe" in flags else "projection/signed_out") in (one / "metrics.jsonl").read_text()
+    killed_at_two(words, two)
     assert train_grpo.main([*words, "--output_dir", str(two), "--resume"]) == 0
     for name in ("adapter.safetensors", "metrics.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name

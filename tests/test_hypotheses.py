@@ -214,3 +214,27 @@ def test_the_examples_in_the_docstring_are_judged(runs):
     text = hypotheses.__doc__.split("hypotheses:\n")[1].split("\n\n")[0].replace("..,", "c,")
     verdicts = {v.name: v.verdict for v in judge_all(read_hypotheses(yaml.safe_load(text)), runs)}
     assert verdicts == dict.fromkeys(("gone", "kept", "clean", "there", "alike", "works"), SUPPORTED)
+
+
+def logged(runs, arm: str, lines: list[dict]) -> None:
+    for run in runs:
+        if run.arm == arm:
+            run.metrics[:] = lines
+
+
+def test_a_mode_may_be_of_a_step_and_measures_of_one_line_may_stand_against_each_other(runs):
+    early = {"step": 20, "both/hack": 0.1, "both/task": 0.5, "retain_only/hack": 0.2}
+    trained = {"step": 20, "lr": 1e-3, "cin/teacher": 0.3, "cin/student": 0.1, "coherence": 0.0}
+    alone = trained | {"coherence": 1.0, "cin/teacher": 9.0}
+    logged(runs, "routing", [{"step": 2, "both/hack": 0.9}, alone, trained, early])
+    verdict = judged(runs, "measure: hack, of: {arm: routing, mode: both@20}, expect: '.09 .. .11'")
+    assert verdict.verdict == SUPPORTED and verdict.estimate == 0.1
+    verdict = judged(runs, "measure: hack, of: {arm: routing, mode: retain_only@20}, against: {mode: both@20}, expect: '> 0'")
+    assert verdict.verdict == SUPPORTED and verdict.estimate == pytest.approx(0.1)
+    text = "measure: cin/teacher, of: {arm: routing, mode: training@20}, against: {measure: cin/student}, expect: '> 0'"
+    assert judged(runs, text).estimate == pytest.approx(0.2)
+    for mode in ("both@30", "training@2", "bot@20", "deployed@20"):
+        with pytest.raises(ValueError, match=f"no mode '{mode}'; known: untrained, both.*training@20"):
+            judged(runs, f"measure: hack, of: {{arm: routing, mode: {mode}}}, expect: '> 0'")
+    with pytest.raises(ValueError, match="no measure 'reward'; known: step, lr, cin/teacher"):
+        judged(runs, "measure: reward, of: {arm: routing, mode: training@20}, expect: '> 0'")

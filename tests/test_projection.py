@@ -14,6 +14,7 @@ from adapters import attach, branch_parameters, preset, scaled
 from losses import token_weights
 from projection import (
     MODES,
+    WHOLE,
     Basis,
     agem,
     alignment,
@@ -29,11 +30,14 @@ from projection import (
     pair_gradients,
     pcgrad,
     project_,
+    project_whole_,
     projected_step,
     random_basis,
     route_removed_,
     shuffled_labels,
+    span,
     unflatten_,
+    whole_directions,
 )  # fmt: skip
 from rl_grpo import grpo_loss, score_rows
 from sampling import Law, Rollout
@@ -518,10 +522,46 @@ def test_orthogonal_complement_of_dependent_directions():
     directions = rand(2, 7, seed=1)
     directions = torch.cat([directions, directions.sum(0, keepdim=True)])
     g = rand(7, seed=2)
-    rest = orthogonal_complement(g, directions)
+    rows = span(directions)
+    assert rows.shape == (2, 7) and (rows @ rows.t() - torch.eye(2)).abs().max() < 1e-12
+    rest = orthogonal_complement(g, rows)
     assert (directions @ rest).abs().max() < 1e-12 and rest.norm() > 0.1
     weights = torch.linalg.lstsq(directions[:2].t(), g[:, None]).solution
     assert (g - rest - (directions[:2].t() @ weights).squeeze(1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("mode", WHOLE)
+def test_the_whole_gradient_loses_what_conflicts_with_the_pairs_whatever_the_axes(mode, sign):
+    gradients = random_gradients()
+    names, basis = list(gradients), extract(gradients, use=1)
+    del basis.rows[names[0]], basis.singular[names[0]]  # the basis only measures
+    parameters = {name: nn.Parameter(rand(D.shape[1], seed=i)) for i, (name, D) in enumerate(gradients.items())}
+    pull = {name: D.mean(0) for name, D in gradients.items()}
+    for i, (name, p) in enumerate(parameters.items()):
+        p.grad = sign * pull[name] + rand(p.numel(), seed=20 + i)
+    g, h = {name: p.grad.clone() for name, p in parameters.items()}, {name: -m for name, m in pull.items()}
+    stats = project_whole_(parameters, basis, whole_directions(gradients, mode), mode)
+
+    inner = lambda a, b: sum(float(a[name] @ b[name]) for name in names)  # noqa: E731
+    c, gg, hh = inner(g, h), inner(g, g), inner(h, h)
+    assert (c < 0) == (sign > 0), "descending along D leads to the hack"
+    if mode == "complement":
+        D = torch.cat([gradients[name] for name in names], dim=1)
+        weights = torch.linalg.lstsq(D.t(), torch.cat([g[name] for name in names])[:, None]).solution
+        wanted = dict(zip(names, (torch.cat([g[name] for name in names]) - (D.t() @ weights).squeeze(1)).split([7, 12, 40])))
+    else:
+        a, b = (-c / hh, -c / gg) if c < 0 else (0, 0)
+        wanted = {name: g[name] + a * h[name] + (h[name] + b * g[name] if mode == "pcgrad" else 0) for name in names}
+    for name in names:
+        torch.testing.assert_close(parameters[name].grad, wanted[name])
+    renamed = {"signed": "signed_out", "cin": "cout", "cin_energy": "cout_energy"}
+    after = {renamed[name]: value for name, value in alignment(wanted, basis).items() if name in renamed}
+    assert stats == pytest.approx(alignment(g, basis) | after)
+    for p in parameters.values():
+        p.grad = None
+    assert project_whole_(parameters, basis, whole_directions(gradients, mode), mode)["cin"] == 0
+    assert all(p.grad is None for p in parameters.values()), "what no sample trains, no baseline moves"
 
 
 def test_flatten_and_back():

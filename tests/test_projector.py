@@ -1,16 +1,16 @@
 """Projection inside rl_grpo's loop, on the embedded model: what is removed, from what, where it goes, and that runs repeat."""
 
-import copy
 import math
 
 import pytest
 import torch
 
 from adapters import attach, branch_parameters, preset
+from checkpoints import load_checkpoint, write_checkpoint
 from data import load_tokenizer
 from envs import Labelling, Stories, embedded_prompts
 from model import load, read_json
-from projection import null_of
+from projection import WHOLE, agem, null_of, pair_gradients
 from projector import SOURCES
 from reward_specs import get_reward
 from rl_grpo import Config, Trainer
@@ -45,6 +45,10 @@ def same(a: dict, b: dict) -> bool:
     ({"basis": "pairs", "overshoot": 1.5}, "--overshoot is of a projection"),
     ({"basis": "pairs", "projection": "no_gate", "project_on": "update", "removed": "route"}, "leave --project_on at gradient"),
     ({"basis": "pairs", "projection": "no_gate", "removed": "route", "routing": "dual"}, "leave --routing at none"),
+    *[({"basis": "pairs", "projection": "agem", name: value}, f"--{name} is of one_sided, no_gate, reverse: it does nothing for")
+      for name, value in {"project_on": "update", "removed": "route", "overshoot": 1.5, "norm_rescale": True}.items()],
+    ({"basis": "random", "projection": "complement"}, "complement takes gradients of pairs, --basis random is of none"),
+    ({"projection": "pcgrad"}, "--projection does nothing without a --basis"),
     ({"basis": "live"}, "say how often by --basis_refresh"),
     ({"basis": "pairs", "basis_use": 9, "basis_keep": 5}, "--basis_use <= --basis_keep"),
 ])  # fmt: skip
@@ -99,6 +103,33 @@ def test_the_removed_part_trains_the_bad_branch_alone():
     assert not same(values(trainer, "bad"), bad)
 
 
+@pytest.mark.parametrize("basis", ["pairs", "shuffled"])
+@pytest.mark.parametrize("mode", WHOLE)
+def test_baselines_take_the_whole_gradient_and_leave_held_out_pairs_alone(mode, basis):
+    trainer = trainer_of(basis=basis, pair_count=4, projection=mode, max_grad_norm=0.0, seed=1)
+    projector, parameters = trainer.projector, trainer.projector.parameters
+    gradients = pair_gradients(trainer.model, parameters, projector.pairs)  # the first step makes its basis from the same weights
+    D = torch.cat(list(gradients.values()), dim=1)[:4]
+    if basis == "shuffled":
+        D = D * (torch.randint(0, 2, (6, 1), generator=torch.Generator().manual_seed(1)) * 2 - 1)[:4]
+    seen, project = {}, projector.project
+
+    def spy():
+        seen["g"] = torch.cat([p.grad.reshape(-1) for p in parameters.values()])
+        return project()
+
+    projector.project = spy
+    metrics, _ = trainer.step()
+    g, h = seen["g"], -D.mean(0)
+    if mode == "complement":
+        wanted = g - D.t() @ torch.linalg.lstsq(D.double().t(), g.double()[:, None]).solution.squeeze(1).float()
+    else:
+        wanted = agem(g, h) + (agem(h, g) if mode == "pcgrad" else 0)
+    torch.testing.assert_close(torch.cat([p.grad.reshape(-1) for p in parameters.values()]), wanted, atol=1e-6, rtol=1e-4)
+    assert (wanted - g).norm() > 1e-3 * g.norm() or mode == "agem" and g @ h >= 0
+    assert {"projection/signed", "projection/signed_out", "projection/cout", "moved/cin", "basis/held_out_cin"} <= metrics.keys()
+
+
 @pytest.mark.parametrize("basis", SOURCES)
 def test_every_source_makes_axes_and_a_refresh_makes_them_afresh(basis):
     trainer = trainer_of(basis=basis, pair_count=0 if basis == "live" else 4, basis_refresh=2)
@@ -127,15 +158,17 @@ def test_live_contrasts_are_a_flagged_and_an_honest_completion_of_one_prompt():
     assert trainer.projector.refresh(0) == {} and trainer.projector.basis is None  # one contrast is no basis
 
 
-def test_a_restored_trainer_goes_on_with_the_basis_it_had():
-    settings = {"basis": "pairs", "pair_count": 4, "projection": "one_sided", "basis_refresh": 3}
+@pytest.mark.parametrize("basis, mode", [("pairs", "one_sided"), ("random", "no_gate"), *(("pairs", mode) for mode in WHOLE)])
+def test_a_restored_trainer_goes_on_with_the_basis_it_had(tmp_path, basis, mode):
+    settings = {"basis": basis, "pair_count": 4, "projection": mode, "basis_refresh": 3}
     unbroken = trainer_of(**settings)
     for _ in range(2):
         unbroken.step()
-    tensors, state = copy.deepcopy(unbroken.state())
+    _, *saved = load_checkpoint(write_checkpoint(tmp_path, 2, *unbroken.state()))  # a file forgets how tensors lay in memory
     resumed = trainer_of(**settings)
-    resumed.restore(tensors, state)
+    resumed.restore(*saved)
     for _ in range(2):
-        a, b = unbroken.step()[0], resumed.step()[0]
-    assert same(values(unbroken), values(resumed))
-    assert {k: v for k, v in a.items() if not k.startswith("time/")} == {k: v for k, v in b.items() if not k.startswith("time/")}
+        old = unbroken.projector.directions
+        a, b = ({k: v for k, v in t.step()[0].items() if not k.startswith("time/")} for t in (unbroken, resumed))
+        assert a == b and same(values(unbroken), values(resumed))
+    assert mode not in WHOLE or not torch.equal(unbroken.projector.directions, old), "a refresh makes them afresh"
