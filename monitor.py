@@ -6,9 +6,8 @@
 
 Wu & Tang 2026, "Advantage Modification"; a peer to compare gradient projection with.
 
-Read are the states of the frozen base (every branch off), not those of the policy: so z is a function of the text alone. A policy
-that was paid by its own states could escape by moving them without changing a word, and the probe would go stale as they move.
-It is also why a checkpoint holds nothing of it: made again, the probe is the same to the bit.
+Read are the states of the frozen base (every branch off): so z is a function of the text alone. A policy paid by its own states
+could move them without changing a word, and the probe would go stale. Made again at resume, it is the same to the bit.
 """
 
 from dataclasses import dataclass
@@ -61,9 +60,7 @@ class Probe(NamedTuple):
 
 def states(model: Decoder, layer: int, ids: Tensor, valid: Tensor, start: int) -> Tensor:
     """(N, C) fp32: what the first `layer` layers of the frozen base put out, a mean over the valid tokens from column `start` on.
-
-    ids (N, T) long; valid (N, T) bool, True where a token is real.
-    """
+    ids (N, T) long; valid (N, T) bool, True where a token is real."""
     found = []
     response = valid[:, start:, None]
 
@@ -95,8 +92,7 @@ def fit(model: Decoder, pairs, layer: int = 0) -> Probe:
     H = torch.stack(rows).double()  # (P, 2, C)
     direction = (H[:, 0] - H[:, 1]).mean(0)
     projections = H @ direction  # (P, 2)
-    spread = projections.std()
-    return Probe(layer, direction / spread, -projections.mean() / spread)
+    return Probe(layer, direction / projections.std(), -projections.mean() / projections.std())
 
 
 def score(model: Decoder, probe: Probe, rollout: Rollout) -> Tensor:
@@ -116,8 +112,7 @@ def modified(rewards: Tensor, z: Tensor, form: str, alpha: float) -> Tensor:
 
 
 def figures(z: Tensor, hack: Tensor) -> dict[str, float]:
-    """To log: the mean of z (N,) and, where the true measure hack (N,) bool has both classes, the AUC: how often a hack has the
-    higher z of two, ties half."""
+    """To log: the mean of z (N,), and the AUC where hack (N,) bool has both: how often a hack's z is higher, ties half."""
     metrics = {"probe/z": z.mean().item()}
     if hack.any() and not hack.all():
         gap = z[hack][:, None] - z[~hack]
