@@ -4,7 +4,7 @@
     z = score(model, probe, rollout)                      # (N,), in standard deviations over the pairs' completions
     rewards = modified(rewards, z, "subtract", 2.0)       # before they are normalised in their groups
 
-Wu & Tang 2026, "Advantage Modification"; a peer to compare gradient projection with.
+Wu & Tang 2026, https://arxiv.org/abs/2604.01476; a peer to compare gradient projection with.
 
 Read are the states of the frozen base (every branch off): so z is a function of the text alone. A policy paid by its own states
 could move them without changing a word, and the probe would go stale. Made again at resume, it is the same to the bit.
