@@ -13,6 +13,7 @@ generation_config (nobody asked for its temperature), and GPT-2's Conv1D weights
 """
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,7 @@ def rope_table(config: ModelConfig, device=None) -> torch.Tensor:
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # rows vary from call to call: the usual 1,024 fill gigabytes
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
