@@ -109,13 +109,15 @@ class Rollout:
 
 
 class Decoding:
-    """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph."""
+    """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph. `cache`: where
+    keys and values go, of these rows; None: into memory of their own."""
 
-    def __init__(self, twin: Twin, rows: int, slots: int, padded: bool):
+    def __init__(self, twin: Twin, rows: int, slots: int, padded: bool, cache=None):
         c, device = twin.config, twin.model.device
         self.config, self.upto, self.slots = c, slots, slots  # attention reads slots 0 .. upto - 1
         # key and value side by side: one write for both, and the second read finds what the first one fetched
-        self.cache = torch.zeros(c.layers, rows, c.kv_heads, slots, 2 * c.head_dim, dtype=twin.dtype, device=device)
+        shape = (c.layers, rows, c.kv_heads, slots, 2 * c.head_dim)
+        self.cache = torch.zeros(shape, dtype=twin.dtype, device=device) if cache is None else cache
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where the next token goes
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
@@ -129,7 +131,8 @@ class Decoding:
         """Copies the rows `chosen` (n,) of another decoding into the first n of this one; the rest idle and write to the last
         of the output's `width` rows."""
         n = len(chosen)
-        self.cache[:, :n, :, : other.upto] = other.cache[:, chosen, :, : other.upto]
+        for mine, theirs in zip(self.cache, other.cache):  # a layer at a time: the copy between them is large
+            mine[:n, :, : other.upto] = theirs[chosen, :, : other.upto]
         for name in ("token", "position", "place", "done"):
             getattr(self, name)[:n] = getattr(other, name)[chosen]
         # idle rows count on too: from 0, or their position would leave the context after a few calls
@@ -323,7 +326,7 @@ class Sampler:
             if size == len(d.token):
                 return d
             if size not in whole.smaller:
-                whole.smaller[size] = Decoding(self.twin, size, d.slots, True)
+                whole.smaller[size] = Decoding(self.twin, size, d.slots, True, whole.cache[:, :size])  # whose rows are done with
             smaller = whole.smaller[size]
         smaller.take(d, alive, width)
         return smaller
