@@ -69,6 +69,8 @@ class Config(Flags):
     micro_batch_size: int = 0
     """completions per forward/backward; 0: about 4,096 tokens on a CPU, what memory holds on a GPU;
     never changes a gradient"""
+    rollout_size: int = 0
+    """completions sampled at once, in whole groups: the key-value cache holds so many; 0: all"""
     max_steps: int = 150
     max_new_tokens: int = 64
     loss_type: str = "grpo"
@@ -120,7 +122,7 @@ class Config(Flags):
         if self.placebo and not self.uses_labels:
             raise ValueError("--placebo shuffles labels, which only --routing dual or a --treatment uses")
         rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
-        for name in (*rates, "micro_batch_size", "warmup_steps", "coherence_every"):
+        for name in (*rates, "micro_batch_size", "rollout_size", "warmup_steps", "coherence_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         for name in ("routing_mode", "bad_lr_scale", "coherence_every", "renormalise") if self.routing == "none" else ():
@@ -335,7 +337,7 @@ class Trainer:
 
     def __init__(self, model, env, tokenizer, config: Config):
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
-        self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
+        self.sampler, self.watch, self.steps_done = Sampler(model, config.rollout_size), DetectorWatch(), 0
         scales = {"bad": config.bad_lr_scale}
         groups = [
             {"params": list(p.values()), "scale": scales.get(branch, 1.0)} for branch, p in branch_parameters(model).items() if p

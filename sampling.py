@@ -105,12 +105,28 @@ class Rollout:
         return Rollout(*(None if value is None else value[index] for value in vars(self).values()))
 
 
+def joined(parts: list[Rollout], pad_id: int) -> Rollout:
+    """Rollouts of prompts of one width, as one; shorter completions are filled up."""
+    longest = max(part.tokens.shape[1] for part in parts)
+
+    def column(name: str):
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        if name in ("tokens", "mask", "logprobs", "support"):
+            fill = pad_id if name == "tokens" else 0
+            values = [torch.cat([v, v.new_full((len(v), longest - v.shape[1], *v.shape[2:]), fill)], dim=1) for v in values]
+        return torch.cat(values)
+
+    return parts[0] if len(parts) == 1 else Rollout(*map(column, Rollout.__dataclass_fields__))
+
+
 # ------------------------------------------------------------------------------------------------------ the decoding
 
 
 class Decoding:
-    """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph. `cache`: where
-    keys and values go, of these rows; None: into memory of their own."""
+    """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph. `cache` is
+    where their keys and values go; None: memory of their own."""
 
     def __init__(self, twin: Twin, rows: int, slots: int, padded: bool, cache=None):
         c, device = twin.config, twin.model.device
@@ -180,10 +196,13 @@ class Output:
 
 
 class Sampler:
-    """Samples from a decoder; see the module's docstring. Call `refresh` whenever its weights or scales have changed."""
+    """Samples from a decoder; see the module's docstring. Call `refresh` whenever its weights or scales have changed.
 
-    def __init__(self, model: Decoder):
-        self.model, self.twin = model, Twin(model)
+    rows: how many completions are decoded at once (whole groups, one at least), which bounds the cache; 0: all.
+    """
+
+    def __init__(self, model: Decoder, rows: int = 0):
+        self.model, self.twin, self.rows = model, Twin(model), rows
         self.adapter = getattr(model, "adapter", None)
         self.static = model.device.type == "cuda"  # fixed shapes, one captured graph per token
         self.sessions = {}  # static: captured decodings by shape
@@ -214,8 +233,7 @@ class Sampler:
         """
         if self.captured is None:
             raise ValueError("the sampler holds no weights yet: call refresh() first, and after every change of weights")
-        device, config = self.model.device, self.model.config
-        prompts, length = prompt_ids.shape
+        config, (prompts, length) = self.model.config, prompt_ids.shape
         if prompts == 0:
             raise ValueError("no prompt to sample from")
         if length + max_new_tokens > config.context:
@@ -228,8 +246,15 @@ class Sampler:
             raise ValueError(f"prompt_mask is {prompt_mask.dtype} {tuple(prompt_mask.shape)}, not bool {tuple(prompt_ids.shape)}")
         if not length or not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
             raise ValueError("prompts must be left-padded and not empty: a row of prompt_mask has False behind its first True")
-        rows = prompts * num_generations
-        uniform = 1 - torch.rand(max_new_tokens, rows, generator=generator)  # in (0, 1]
+        uniform = 1 - torch.rand(max_new_tokens, prompts * num_generations, generator=generator)  # in (0, 1]
+        at_once = max(1, self.rows // num_generations) if self.rows else prompts
+        numbers = uniform.split(at_once * num_generations, dim=1)
+        parts = zip(prompt_ids.split(at_once), prompt_mask.split(at_once), numbers)
+        return joined([self._sample(*part, num_generations, stop_ids, pad_id, law) for part in parts], pad_id)
+
+    def _sample(self, prompt_ids, prompt_mask, uniform, num_generations: int, stop_ids, pad_id: int, law: Law) -> Rollout:
+        """The rollout of some prompts, with the numbers uniform (max_new_tokens, P * num_generations) that it is drawn with."""
+        device, config, length, (max_new_tokens, rows) = self.model.device, self.model.config, prompt_ids.shape[1], uniform.shape
         with torch.inference_mode():  # a fifteenth faster than no_grad; what is returned is copied outside, fit for autograd
             if self.static:
                 decoding, out = self._session((rows, max_new_tokens, law, tuple(stop_ids), pad_id), length)
@@ -259,9 +284,9 @@ class Sampler:
                     break
                 decoding = self._shrink(decoding, alive, out.width, whole)
         tokens, mask, logprobs = (out.rows(values, used) for values in (out.tokens, out.mask, out.logprobs))
+        ids, real = (values[:, -length:].repeat_interleave(num_generations, 0) for values in (prompt_ids, prompt_mask))
         return Rollout(
-            prompt_ids.repeat_interleave(num_generations, 0), prompt_mask.repeat_interleave(num_generations, 0),
-            tokens, mask, logprobs, out.rows(out.support, used) if law.truncated else None,
+            ids, real, tokens, mask, logprobs, out.rows(out.support, used) if law.truncated else None,
             torch.isin(tokens, stop).logical_and(mask).any(1),
         )  # fmt: skip
 
