@@ -247,10 +247,15 @@ class Sampler:
         if not length or not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
             raise ValueError("prompts must be left-padded and not empty: a row of prompt_mask has False behind its first True")
         uniform = 1 - torch.rand(max_new_tokens, prompts * num_generations, generator=generator)  # in (0, 1]
-        at_once = max(1, self.rows // num_generations) if self.rows else prompts
-        numbers = uniform.split(at_once * num_generations, dim=1)
-        parts = zip(prompt_ids.split(at_once), prompt_mask.split(at_once), numbers)
+        rows = self.parts(prompts, num_generations)
+        prompts = [count // num_generations for count in rows]
+        parts = zip(prompt_ids.split(prompts), prompt_mask.split(prompts), uniform.split(rows, dim=1))
         return joined([self._sample(*part, num_generations, stop_ids, pad_id, law) for part in parts], pad_id)
+
+    def parts(self, prompts: int, num_generations: int) -> list[int]:
+        """How many completions are decoded at once, part by part."""
+        most = max(1, self.rows // num_generations) if self.rows else prompts
+        return [min(most, prompts - first) * num_generations for first in range(0, prompts, most)]
 
     def _sample(self, prompt_ids, prompt_mask, uniform, num_generations: int, stop_ids, pad_id: int, law: Law) -> Rollout:
         """The rollout of some prompts, with the numbers uniform (max_new_tokens, P * num_generations) that it is drawn with."""
