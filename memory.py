@@ -27,9 +27,10 @@ from losses import token_logprobs
 from model import ASSETS, Decoder, ModelConfig, config_from_hf, read_json, resolve
 from rl_grpo import grpo_loss, update
 from sampling import Sampler
+from verdict import score_tokens
 
 GIB = 2**30
-EVALUATED = 32  # rows that verdict.score_tokens scores at once
+EVALUATED = 32  # completions scored at once
 
 
 @dataclass
@@ -180,13 +181,22 @@ def take_steps(shape: ModelConfig, args: Args, config, device: str, mark, peak) 
     model = decoder(shape, args, device)
     optimizer = torch.optim.AdamW(adapt(model, args, config), lr=config.lr)
     sampler, generator, peaks = Sampler(model, config.rollout_size), torch.Generator().manual_seed(config.seed), {}
-    ids = torch.randint(shape.vocab_size, (config.batch_size // config.num_generations, args.prompt_length), generator=generator)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[::2, 0] = False  # prompts of different lengths
-    for _ in range(2):
+    sampler.static = True  # as it is on CUDA
+
+    def roll_out(prompts: int, copies: int):
+        ids = torch.randint(shape.vocab_size, (prompts, args.prompt_length), generator=generator)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        real[::2, 0] = False  # prompts of different lengths
         mark()
         sampler.refresh()
-        rollout = sampler(ids, real, config.num_generations, config.max_new_tokens, (), 0, generator, config.law())
+        return sampler(ids, real, copies, config.max_new_tokens, (), 0, generator, config.law())
+
+    for _ in range(2):
+        rollout = roll_out(args.eval_prompts, 1)
+        with reference(model) as base:
+            score_tokens(base, rollout, config.law(), EVALUATED)
+        peaks["evaluation"] = peak()
+        rollout = roll_out(config.batch_size // config.num_generations, config.num_generations)
         peaks["rollout"] = peak()
         mark()
         advantages = torch.randn(config.batch_size, generator=generator)
@@ -228,7 +238,8 @@ def report(found: Estimate, args: Args, config) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]):
+    """(args, config) of train_grpo.py's flags and our own. Raises ValueError for values that can't be."""
     _, _, args, config = training.parse(argv, Args, "rl_grpo", partial(tyro.cli, use_underscores=True, description=__doc__))
     if args.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"unknown --dtype {args.dtype!r}; known: float32, bfloat16")
@@ -236,6 +247,11 @@ def main(argv: list[str]) -> None:
         raise ValueError("--memory_gib and --prompt_length must be above 0")
     if args.measure and not torch.cuda.is_available():
         raise ValueError("--measure takes steps on CUDA, which torch does not have here: leave it out")
+    return args, config
+
+
+def main(argv: list[str]) -> None:
+    args, config = parse(argv)
     shape = shape_of(args.model)
     with as_on_cuda():
         found = estimate(shape, args, config)
