@@ -108,6 +108,27 @@ def test_the_ledger_agrees_with_the_allocator():
         assert run(ledger)[0] - start == pytest.approx(peak, rel=0.02)
 
 
+def test_what_cudas_kernels_keep():
+    """By hand, beside input and output, in bytes: a number a row; flash the same a head; no scores of every pair of tokens."""
+    x = lambda *shape, **more: torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True, **more)  # noqa: E731
+    F = torch.nn.functional
+    with Ledger("meta") as ledger, as_on_cuda():
+        rows, weight, q, k = x(2, 48, 64), x(64), x(2, 8, 48, 16), x(2, 2, 48, 16)
+        wide = x(2, 8, 48, 16)
+        mask = torch.empty(2, 1, 48, 48, device="meta", dtype=torch.bfloat16)
+        for call, out, more in (
+            (lambda: F.rms_norm(rows, (64,), weight, 1e-6), rows, 2 * 48 * 4),
+            (lambda: F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True), q, 2 * 8 * 48 * 4),
+            (lambda: F.scaled_dot_product_attention(q, wide, wide, attn_mask=mask), q, 2 * 8 * 64 * 4),
+        ):
+            before = ledger.now
+            y = call()
+            assert y.grad_fn is not None and out.nbytes + more <= ledger.now - before <= out.nbytes + more + 64  # seeds
+            y.sum().backward()
+            del y
+    assert not torch.empty(1).is_cuda and "_scaled" not in repr(F.scaled_dot_product_attention)
+
+
 def test_qwen3_4b():
     """The figures of the reference, the parts that follow from shapes alone by hand, and one number for each direction."""
     with as_on_cuda():
@@ -121,6 +142,7 @@ def test_qwen3_4b():
     slots = -(-args.prompt_length // 16) * 16 + config.max_new_tokens
     rows = config.rollout_size + config.batch_size % config.rollout_size
     assert found.kept["key-value caches"] == rows * slots * 36 * 8 * (128 + 128) * 2
+    assert found.kept["the rollout's other tensors"] < 0.05 * GIB  # fewer rows decode in the same caches
     # of one row a layer keeps at least the inputs of its singular directions in fp32, and the MLP's three inner tensors
     tokens = args.prompt_length + config.max_new_tokens - 1
     least = tokens * (4 * found.trained + 36 * 2 * 3 * 9728)
