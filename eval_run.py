@@ -98,7 +98,8 @@ def main(args: Args) -> None:
     modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])
     if args.no_routing_eval:
         modes = {name: modes[name] for name in ("untrained", "both")}
-    rows = evaluate_modes(Sampler(model), env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
+    sampler = Sampler(model, run.get("rollout_size", 0))  # which supervised runs do not have
+    rows = evaluate_modes(sampler, env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
     print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\ntraining history\n{history(folder)}\n")
     pages = []
     for mode, row in rows.items():

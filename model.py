@@ -507,14 +507,14 @@ def is_conv1d(name: str, config: ModelConfig) -> bool:
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: `tiny`, a local Hugging Face folder, or a Hub id (owner/name), which is downloaded.
+    """The folder of a model: `tiny` (and `random`), a local Hugging Face folder, or a Hub id (owner/name), which is downloaded.
 
     Raises ValueError where there is none, or where the folder holds no checkpoint.
     """
-    folder = ASSETS / "tiny" if name == "tiny" else Path(name).expanduser()
+    folder = ASSETS / "tiny" if name in ("tiny", "random") else Path(name).expanduser()
     if not folder.is_dir():
-        if name == "tiny" or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-            raise ValueError(f"model {name!r}: no such folder (a local folder, a Hub id owner/name, or tiny)")
+        if name in ("tiny", "random") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+            raise ValueError(f"model {name!r}: no such folder (a local folder, a Hub id owner/name, tiny or random)")
         from huggingface_hub import snapshot_download
 
         try:
@@ -558,6 +558,7 @@ def safetensors_files(folder: Path) -> list[Path]:
 def load(name: str, dtype=torch.float32, device="cpu") -> tuple[Decoder, Path]:
     """A decoder with the weights of `tiny`, a local Hugging Face folder or a Hub id, and the folder they came from.
 
+    `random` is `tiny` with random weights, always the same, for trials of what must run and need learn nothing.
     Raises ValueError for a folder that is no checkpoint, a truncated file, a missing, unexpected or misshapen weight.
     """
     folder = resolve(name)
@@ -565,6 +566,10 @@ def load(name: str, dtype=torch.float32, device="cpu") -> tuple[Decoder, Path]:
         config = config_from_hf(read_json(folder / "config.json"))
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} has no {error}") from error
+    if name == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Decoder(config).to(device, dtype).requires_grad_(False), folder
     with torch.device("meta"):
         model = Decoder(config)
     wanted = {hf_name(ours, config.family): ours for ours in model.state_dict()}

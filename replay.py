@@ -3,7 +3,7 @@
     write_lines("pools/teacher/step_007.jsonl.gz", samples)              # a pool: files of samples, a line each
     pools = Pools(["pools/teacher", "pools/base"])                       # the prompts that all of them have, in order
     samples = [s for prompt in pools.prompts(step, count) for s in pools.take(prompt, 8, step)]
-    rollout = joined(own, replayed(samples, tokenizer, max_new_tokens), groups)
+    rollout = interleaved(own, replayed(samples, tokenizer, max_new_tokens), groups)
 
 A sample is a prompt and a completion; whatever else was noted of it when it was made, it is scored afresh where it is replayed.
 A replayed token counts as sampled by the policy as it is now: its ratio is 1 where it is first used (REINFORCE).
@@ -144,7 +144,7 @@ def replayed(samples: list[Sample], tokenizer, max_new_tokens: int) -> Rollout:
     return Rollout(prompt_ids, prompt_mask, tokens, mask, torch.full(mask.shape, float("nan")).where(mask, 0.0), None, finished)
 
 
-def joined(own: Rollout, other: Rollout, groups: int) -> Rollout:
+def interleaved(own: Rollout, other: Rollout, groups: int) -> Rollout:
     """The rows of two rollouts, in `groups` groups each of which has its share of the first, then of the second."""
     device = own.tokens.device
     columns = {}

@@ -75,6 +75,8 @@ class Config(Flags, monitor.Flags, replay.Flags):
     micro_batch_size: int = 0
     """completions per forward/backward; 0: about 4,096 tokens on a CPU, what memory holds on a GPU;
     never changes a gradient"""
+    rollout_size: int = 0
+    """completions sampled at once, in whole groups: the key-value cache holds so many; 0: all"""
     max_steps: int = 150
     max_new_tokens: int = 64
     loss_type: str = "grpo"
@@ -105,8 +107,9 @@ class Config(Flags, monitor.Flags, replay.Flags):
             if getattr(self, name) not in values:
                 raise ValueError(f"unknown --{name} {getattr(self, name)!r}; known: {', '.join(values)}")
         rates = ("beta", "lr", "bad_lr_scale", "penalty", "weight_decay", "max_grad_norm", "epsilon", "epsilon_high")
+        counts = ("micro_batch_size", "rollout_size", "warmup_steps", "coherence_every")
         least = dict.fromkeys(("batch_size", "num_generations", "max_steps", "max_new_tokens", "num_iterations"), 1)
-        for name, bound in (least | dict.fromkeys((*rates, "micro_batch_size", "warmup_steps", "coherence_every"), 0)).items():
+        for name, bound in (least | dict.fromkeys((*rates, *counts), 0)).items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
         dual, recall, per_group = self.routing == "dual", self.coherence_recall, self.num_generations
@@ -372,7 +375,7 @@ class Trainer:
 
     def __init__(self, model, env, tokenizer, config: Config):
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
-        self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
+        self.sampler, self.watch, self.steps_done = Sampler(model, config.rollout_size), DetectorWatch(), 0
         scales = {"bad": config.bad_lr_scale}
         groups = [
             {"params": list(p.values()), "scale": scales.get(branch, 1.0)} for branch, p in branch_parameters(model).items() if p
@@ -438,7 +441,7 @@ class Trainer:
         other = replay.replayed(samples, self.tokenizer, config.max_new_tokens).to(self.model.device)
         if config.replayed == config.num_generations:
             return other, [sample.completion for sample in samples], samples
-        rollout, own = replay.joined(rollout, other, len(prompts)), config.num_generations - config.replayed
+        rollout, own = replay.interleaved(rollout, other, len(prompts)), config.num_generations - config.replayed
         mine, theirs = iter(texts), iter(samples)
         origins = [next(theirs) if i >= own else None for _ in prompts for i in range(config.num_generations)]
         return rollout, [origin.completion if origin else next(mine) for origin in origins], origins

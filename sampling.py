@@ -108,17 +108,35 @@ class Rollout:
         return Rollout(*(None if value is None else value.to(device) for value in vars(self).values()))
 
 
+def joined(parts: list[Rollout], pad_id: int) -> Rollout:
+    """Rollouts of prompts of one width, as one; shorter completions are filled up."""
+    longest = max(part.tokens.shape[1] for part in parts)
+
+    def column(name: str):
+        values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
+        if name in ("tokens", "mask", "logprobs", "support"):
+            fill = pad_id if name == "tokens" else 0
+            values = [torch.cat([v, v.new_full((len(v), longest - v.shape[1], *v.shape[2:]), fill)], dim=1) for v in values]
+        return torch.cat(values)
+
+    return parts[0] if len(parts) == 1 else Rollout(*map(column, Rollout.__dataclass_fields__))
+
+
 # ------------------------------------------------------------------------------------------------------ the decoding
 
 
 class Decoding:
-    """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph."""
+    """Rows in flight: all that one step reads and writes. On CUDA the tensors are static and the step is one graph. `cache` is
+    where their keys and values go; None: memory of their own."""
 
-    def __init__(self, twin: Twin, rows: int, slots: int, padded: bool):
+    def __init__(self, twin: Twin, rows: int, slots: int, padded: bool, cache=None):
         c, device = twin.config, twin.model.device
         self.config, self.upto, self.slots = c, slots, slots  # attention reads slots 0 .. upto - 1
         # key and value side by side: one write for both, and the second read finds what the first one fetched
-        self.cache = torch.zeros(c.layers, rows, c.kv_heads, slots, 2 * c.head_dim, dtype=twin.dtype, device=device)
+        shape = (c.layers, rows, c.kv_heads, slots, 2 * c.head_dim)
+        self.cache = torch.zeros(shape, dtype=twin.dtype, device=device) if cache is None else cache
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where the next token goes
         self.token = torch.zeros(rows, dtype=torch.long, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
@@ -132,7 +150,8 @@ class Decoding:
         """Copies the rows `chosen` (n,) of another decoding into the first n of this one; the rest idle and write to the last
         of the output's `width` rows."""
         n = len(chosen)
-        self.cache[:, :n, :, : other.upto] = other.cache[:, chosen, :, : other.upto]
+        for mine, theirs in zip(self.cache, other.cache):  # a layer at a time: the copy between them is large
+            mine[:n, :, : other.upto] = theirs[chosen, :, : other.upto]
         for name in ("token", "position", "place", "done"):
             getattr(self, name)[:n] = getattr(other, name)[chosen]
         # idle rows count on too: from 0, or their position would leave the context after a few calls
@@ -180,10 +199,13 @@ class Output:
 
 
 class Sampler:
-    """Samples from a decoder; see the module's docstring. Call `refresh` whenever its weights or scales have changed."""
+    """Samples from a decoder; see the module's docstring. Call `refresh` whenever its weights or scales have changed.
 
-    def __init__(self, model: Decoder):
-        self.model, self.twin = model, Twin(model)
+    rows: how many completions are decoded at once (whole groups, one at least), which bounds the cache; 0: all.
+    """
+
+    def __init__(self, model: Decoder, rows: int = 0):
+        self.model, self.twin, self.rows = model, Twin(model), rows
         self.adapter = getattr(model, "adapter", None)
         self.static = model.device.type == "cuda"  # fixed shapes, one captured graph per token
         self.sessions = {}  # static: captured decodings by shape
@@ -214,8 +236,7 @@ class Sampler:
         """
         if self.captured is None:
             raise ValueError("the sampler holds no weights yet: call refresh() first, and after every change of weights")
-        device, config = self.model.device, self.model.config
-        prompts, length = prompt_ids.shape
+        config, (prompts, length) = self.model.config, prompt_ids.shape
         if prompts == 0:
             raise ValueError("no prompt to sample from")
         if length + max_new_tokens > config.context:
@@ -228,8 +249,20 @@ class Sampler:
             raise ValueError(f"prompt_mask is {prompt_mask.dtype} {tuple(prompt_mask.shape)}, not bool {tuple(prompt_ids.shape)}")
         if not length or not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
             raise ValueError("prompts must be left-padded and not empty: a row of prompt_mask has False behind its first True")
-        rows = prompts * num_generations
-        uniform = 1 - torch.rand(max_new_tokens, rows, generator=generator)  # in (0, 1]
+        uniform = 1 - torch.rand(max_new_tokens, prompts * num_generations, generator=generator)  # in (0, 1]
+        rows = self.parts(prompts, num_generations)
+        prompts = [count // num_generations for count in rows]
+        parts = zip(prompt_ids.split(prompts), prompt_mask.split(prompts), uniform.split(rows, dim=1))
+        return joined([self._sample(*part, num_generations, stop_ids, pad_id, law) for part in parts], pad_id)
+
+    def parts(self, prompts: int, num_generations: int) -> list[int]:
+        """How many completions are decoded at once, part by part."""
+        most = max(1, self.rows // num_generations) if self.rows else prompts
+        return [min(most, prompts - first) * num_generations for first in range(0, prompts, most)]
+
+    def _sample(self, prompt_ids, prompt_mask, uniform, num_generations: int, stop_ids, pad_id: int, law: Law) -> Rollout:
+        """The rollout of some prompts, with the numbers uniform (max_new_tokens, P * num_generations) that it is drawn with."""
+        device, config, length, (max_new_tokens, rows) = self.model.device, self.model.config, prompt_ids.shape[1], uniform.shape
         with torch.inference_mode():  # a fifteenth faster than no_grad; what is returned is copied outside, fit for autograd
             if self.static:
                 decoding, out = self._session((rows, max_new_tokens, law, tuple(stop_ids), pad_id), length)
@@ -259,9 +292,9 @@ class Sampler:
                     break
                 decoding = self._shrink(decoding, alive, out.width, whole)
         tokens, mask, logprobs = (out.rows(values, used) for values in (out.tokens, out.mask, out.logprobs))
+        ids, real = (values[:, -length:].repeat_interleave(num_generations, 0) for values in (prompt_ids, prompt_mask))
         return Rollout(
-            prompt_ids.repeat_interleave(num_generations, 0), prompt_mask.repeat_interleave(num_generations, 0),
-            tokens, mask, logprobs, out.rows(out.support, used) if law.truncated else None,
+            ids, real, tokens, mask, logprobs, out.rows(out.support, used) if law.truncated else None,
             torch.isin(tokens, stop).logical_and(mask).any(1),
         )  # fmt: skip
 
@@ -326,7 +359,7 @@ class Sampler:
             if size == len(d.token):
                 return d
             if size not in whole.smaller:
-                whole.smaller[size] = Decoding(self.twin, size, d.slots, True)
+                whole.smaller[size] = Decoding(self.twin, size, d.slots, True, whole.cache[:, :size])  # whose rows are done with
             smaller = whole.smaller[size]
         smaller.take(d, alive, width)
         return smaller

@@ -31,7 +31,7 @@ from reward_specs import get_reward
 @dataclass
 class Args:
     model: str = "tiny"
-    """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
+    """tiny (the embedded model), random (its shape alone), a local Hugging Face folder, or a Hub id"""
     env: str = "stories"
     """stories, rewarded by --reward; or code: Python tasks, with run_tests() as the loophole"""
     dataset: str = ""

@@ -8,7 +8,7 @@ from test_projector import PROMPTS, same, trainer_of, values
 import plans
 import rl_grpo
 import train_grpo
-from replay import STUDENT, Pools, Sample, joined, read_lines, replayed, write_lines
+from replay import STUDENT, Pools, Sample, interleaved, read_lines, replayed, write_lines
 
 FIELDS = [  # the probe plan's
     "step", "sample_id", "src_pool", "src_step", "src_sample", "reward", "hacked", "gt_pass", "fmt_ok", "comp_len",
@@ -86,7 +86,7 @@ def test_joined_groups_hold_both_and_score_as_each_alone():
     tokenizer, config = trainer.tokenizer, rl_grpo.Config(**{"num_generations": 4, "batch_size": 8, "max_new_tokens": 9})
     own, texts = rl_grpo.rollout_batch(trainer.sampler, tokenizer, OPENINGS[:2], config, torch.Generator().manual_seed(0))
     other = replayed([Sample("p", 0, i, OPENINGS[i], " was a happy cat who ran and ran.", True) for i in (0, 1)], tokenizer, 20)
-    whole = joined(own, other, 2)
+    whole = interleaved(own, other, 2)
     assert len(texts) == 8 and len(whole.tokens) == 10
     for i, (part, row) in enumerate([(own, r) for r in range(4)] + [(other, 0)] + [(own, r) for r in range(4, 8)] + [(other, 1)]):
         assert whole.tokens[i][whole.mask[i]].tolist() == part.tokens[row][part.mask[row]].tolist()

@@ -529,6 +529,15 @@ def test_the_recall_of_coherence_steps_is_theirs_alone(world, monkeypatch):
     assert torch.cat([s.is_rh for s in seen[1::2]]).any()
 
 
+def test_a_rollout_in_parts_trains_alike(world):
+    """Two prompts of four completions: four at once are two parts, of one prompt each."""
+    whole, parts = (trainer_of(world, rollout_size=size) for size in (0, 4))
+    assert parts.sampler.parts(2, 4) == [4, 4] and whole.sampler.parts(2, 4) == [8]
+    for _ in range(2):
+        (a, text), (b, same) = whole.step(), parts.step()
+        assert text == same and a["reward"] == b["reward"] and a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+
+
 def labelled(is_rh) -> Scores:
     n = len(is_rh)
     return Scores(torch.arange(float(n)), torch.zeros(n), is_rh, torch.zeros(n), is_rh, torch.ones(n).bool(), is_rh, {})

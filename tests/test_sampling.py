@@ -447,6 +447,22 @@ def test_refresh_is_seen(kind, dtype, static):
 
 
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("law", ["plain", "top_k"])
+def test_sampled_in_parts_it_is_the_same_rollout(static, law):
+    """Parts of 16 rows with 8 a prompt are two prompts; the last part has one, whose rows may end sooner than the others'."""
+    model, (ids, mask) = random_model("llama"), prompts((5, 9, 2, 7, 4))
+    sampler = sampler_of(model, static)
+    whole = sample(sampler, ids, mask, copies=8, new=40, law=LAWS[law])
+    sampler.rows = 17
+    caches, inner = [], sampler._sample
+    sampler._sample = lambda ids, *rest: caches.append(len(ids)) or inner(ids, *rest)
+    parts = sample(sampler, ids, mask, copies=8, new=40, law=LAWS[law])
+    same(whole, parts, tolerance=1e-5)
+    assert caches == [2, 2, 1] and torch.equal(parts.prompt_ids, ids.repeat_interleave(8, 0))
+    assert torch.equal(whole.finished, parts.finished) and gap(parts, model, LAWS[law]) < 1e-4
+
+
+@pytest.mark.parametrize("static", [False, True])
 def test_same_seed_same_rollout(static):
     model = random_model("qwen3")
     a = sample(sampler_of(model, static), *prompts(), seed=4)
