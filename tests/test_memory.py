@@ -185,7 +185,7 @@ def test_a_random_model_is_always_the_same_and_draws_nothing_from_anyone():
     assert not torch.allclose(a.embed_tokens.weight, trained.embed_tokens.weight, atol=1e-3)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("code*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((Path(memory.__file__).parent / "configs").glob("code*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_flags(path):
     name, _, args, config = train_grpo.parse(["--config", str(path)])
     assert args.env == "code" and config.batch_size % config.num_generations == 0
@@ -194,6 +194,7 @@ def test_presets_are_flags(path):
         assert (config.beta, config.lr, config.loss_type, args.lora_config) == (1e-3, 7e-5, "dr_grpo", "ds")
     if path.stem == "code_fast":
         assert (config.max_steps, config.seed, args.lora_config) == (20, 41, "ds")
+        assert (config.replayed, len(config.pools())) == (4, 2)
 
 
 def test_smoke_has_both_pathways(box, tmp_path):
