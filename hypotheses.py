@@ -188,7 +188,8 @@ def judge(h: Hypothesis, runs: list[Run]) -> Verdict:
     low, high, _ = bootstrap(rows, STATISTICS[h.kind])
     estimate, by_t = float(STATISTICS[h.kind](rows.mean(axis=0)[None])[0]), _t_interval(h.kind, rows)
     known |= {"estimate": estimate, "interval": (low, high), "t_interval": by_t, "p": _p_value(h, rows)}
-    what = WORDS[h.kind].format(h.measure) + f" {estimate:.3f}"
+    measures = " against ".join(dict.fromkeys(cell.get("measure", h.measure) for cell in cells))
+    what = WORDS[h.kind].format(measures) + f" {estimate:.3f}"
     if len(seeds) < MIN_SEEDS:
         return Verdict(**known, verdict=UNDECIDED, why=f"{what}, from {count} only: a verdict takes {MIN_SEEDS}.{behind}")
     words = {h.bound.judge(low, high), h.bound.judge(*by_t)}

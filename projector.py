@@ -76,6 +76,11 @@ class Flags:
             raise ValueError("--removed route trains the bad branch by what a gradient lost: leave --project_on at gradient")
         if self.basis == "live" and not self.basis_refresh:
             raise ValueError("--basis live is made of the samples as they come: say how often by --basis_refresh")
+        for name in ("pairs", "pair_count") if self.basis == "live" and not pairs_read else ():
+            if getattr(self, name) != getattr(Flags, name):
+                raise ValueError(f"--{name} is of authored pairs, --basis live is made of the run's own samples: leave it out")
+        if self.norm_rescale and self.project_on == "update":
+            raise ValueError("--norm_rescale gives a gradient its old norm: leave --project_on at gradient")
         if self.pair_count < 0 or self.basis_refresh < 0 or not self.overshoot >= 0:
             raise ValueError("--pair_count, --basis_refresh and --overshoot must be at least 0")
         if not 1 <= self.basis_use <= self.basis_keep or not 0 <= self.basis_tau < 1:
@@ -91,7 +96,7 @@ class Projector:
         self.branch = "good" if "good" in groups else next(iter(groups))
         self.parameters = groups[self.branch]
         self.basis, self.directions, self.live = None, None, deque(maxlen=LIVE_MOST)
-        self.sources, self.seen, self.contributions = {}, {}, {}  # of a step: gradients by source, their sum so far, rows alone
+        self.sources, self.seen, self.contributions = {}, None, {}  # of a step: gradients by source, their sum so far, rows alone
         if config.basis != "live":
             kind = config.basis if config.basis in ("clean", "placebo") else "hack"
             chosen, held_out = authored(tokenizer, config.pairs, config.pair_count, kind)
@@ -153,8 +158,8 @@ class Projector:
         cosines, and a row that came alone is kept in `contributions`."""
         if self.basis is None:
             return
-        if not self.seen:
-            self.sources, self.contributions = {}, {}
+        if self.seen is None:  # the first since `project`; {}: what came so far had no gradient, being gated off
+            self.sources, self.seen, self.contributions = {}, {}, {}
         now = {n: p.grad.clone() for n, p in self.parameters.items() if n in self.basis.rows and p.grad is not None}
         gained = {n: g - self.seen[n] if n in self.seen else g for n, g in now.items()}
         self.seen, mine = now, self.sources.setdefault(source, {})
@@ -175,7 +180,7 @@ class Projector:
         config = self.config
         by_source = {source: self.cosines(gradients) for source, gradients in self.sources.items()}
         metrics = {f"{name}/{source}": row[name] for source, row in by_source.items() for name in ("signed", "cin", "cin_energy")}
-        self.seen = {}
+        self.seen = None
         if config.projection in WHOLE:
             stats = projection.project_whole_(self.parameters, self.basis, self.directions, config.projection)
             return metrics | {f"projection/{name}": value for name, value in stats.items()}

@@ -2,7 +2,7 @@
 
     write_lines("pools/teacher/step_007.jsonl.gz", samples)              # a pool: files of samples, a line each
     pools = Pools(["pools/teacher", "pools/base"])                       # the prompts that all of them have, in order
-    samples = [s for prompt in pools.prompts(step, count) for s in pools.take(prompt, 8, step)]
+    samples = [s for prompt in pools.prompts(step, count) for s in pools.take(prompt, 8, 0)]
     rollout = interleaved(own, replayed(samples, tokenizer, max_new_tokens), groups)
 
 A sample is a prompt and a completion; whatever else was noted of it when it was made, it is scored afresh where it is replayed.
@@ -95,6 +95,8 @@ def read_pool(folder: str | Path) -> list[Sample]:
             if lacking := [key for key in ("prompt", "completion") if not isinstance(row.get(key), str)]:
                 raise ValueError(f"{path}, line {number + 1} has no text for {lacking[0]!r}")
             finished = bool(row.get("finished", True))
+            if not finished and not row["completion"]:
+                raise ValueError(f"{path}, line {number + 1} has no token: its completion is empty and was cut")
             samples.append(Sample(Path(folder).name, step, number, row["prompt"], row["completion"], finished))
     return samples
 
@@ -128,10 +130,11 @@ class Pools:
         """The prompts of a step: all in order, then from the first again."""
         return [self.order[i % len(self.order)] for i in range(step * count, (step + 1) * count)]
 
-    def take(self, prompt: str, count: int, step: int) -> list[Sample]:
-        """`count` samples of a prompt, as many from each pool; other ones in the next step, as far as there are."""
-        each = count // len(self.names)
-        return [mine[prompt][(step * each + i) % len(mine[prompt])] for mine in self.samples for i in range(each)]
+    def take(self, prompt: str, count: int, group: int) -> list[Sample]:
+        """`count` samples of a prompt, as many from each pool; other ones when it returns, as far as there are. group: how many
+        groups the run has had before this one."""
+        each, turn = count // len(self.names), group // len(self.order)
+        return [mine[prompt][(turn * each + i) % len(mine[prompt])] for mine in self.samples for i in range(each)]
 
 
 def replayed(samples: list[Sample], tokenizer, max_new_tokens: int) -> Rollout:

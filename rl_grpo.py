@@ -130,13 +130,17 @@ class Config(Flags, monitor.Flags, replay.Flags):
             f"--coherence_recall must lie in 0..1, not {recall}": recall is not None and not 0 <= recall <= 1,
             "--removed route has the bad branch learn what projection removes: leave --routing at none":
                 dual and self.removed == "route",
-            "--placebo shuffles labels, which only --routing dual or a --treatment uses": self.placebo and not self.uses_labels,
+            "--placebo shuffles labels, which only --routing dual, a --treatment or --basis live uses":
+                self.placebo and not self.uses_labels,
             "--contributions are cosines with a basis: give one by --basis": self.contributions and not self.basis,
             "--contributions are of all completions: leave --treatment filter": self.contributions and self.treatment == "filter",
+            "--loss_mode nll reads no reward: leave --treatment zero and subtract, and --advantage probe":
+                self.loss_mode == "nll" and (self.treatment in ("zero", "subtract") or self.advantage == "probe"),
         }.items():  # fmt: skip
             if wrong:
                 raise ValueError(message)
-        for name in ("routing_mode", "bad_lr_scale", "coherence_every", "renormalise") if self.routing == "none" else ():
+        idle = () if dual else ("routing_mode", "coherence_every", "renormalise")
+        for name in idle if self.dual else (*idle, "bad_lr_scale"):  # --removed route has a bad branch too
             if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
         self.law()
@@ -437,7 +441,8 @@ class Trainer:
             rollout, texts = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
         if not config.replayed:
             return rollout, texts, [None] * len(texts)
-        samples = [sample for prompt in prompts for sample in self.pools.take(prompt, config.replayed, self.steps_done)]
+        numbered = enumerate(prompts, self.steps_done * len(prompts))
+        samples = [sample for group, prompt in numbered for sample in self.pools.take(prompt, config.replayed, group)]
         other = replay.replayed(samples, self.tokenizer, config.max_new_tokens).to(self.model.device)
         if config.replayed == config.num_generations:
             return other, [sample.completion for sample in samples], samples

@@ -100,7 +100,7 @@ def check(args: Args, config) -> None:
     """What flags can get wrong, also together, before anything is loaded."""
     for name in ("routing_frac", "false_positive_frac"):
         if getattr(args, name) != getattr(Args, name) and not config.uses_labels:
-            raise ValueError(f"--{name} thins labels, which only --routing dual or a --treatment uses")
+            raise ValueError(f"--{name} thins labels, which only --routing dual, a --treatment or --basis live uses")
     training.check(args, config, ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"))
     labelling(args)
     if config.removed == "route" and preset(args.lora_config, dual=True).kind not in ("delta_s", "lora_b"):

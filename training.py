@@ -154,12 +154,13 @@ class Means:
         self.steps = steps
 
     def flush(self, run, step: int) -> None:
-        """A line for each kind of step. A mean is over the steps that have the metric."""
+        """A line for each kind of step. A mean is over the steps that have the metric; of last5/..., a mean already, the last."""
         for kind in (1.0, 0.0):
             rows = [metrics for metrics in self.steps if metrics.get("coherence", 0.0) == kind]
             values = {name: [metrics[name] for metrics in rows if name in metrics] for name in set().union(*rows)}
             if values:
-                run.log(step, {name: sum(many) / len(many) for name, many in values.items()})
+                kept = {name: many[-1:] if name.startswith("last5/") else many for name, many in values.items()}
+                run.log(step, {name: sum(many) / len(many) for name, many in kept.items()})
         self.steps.clear()
 
 

@@ -50,11 +50,18 @@ def same(a: dict, b: dict) -> bool:
     ({"basis": "random", "projection": "complement"}, "complement takes gradients of pairs, --basis random is of none"),
     ({"projection": "pcgrad"}, "--projection does nothing without a --basis"),
     ({"basis": "live"}, "say how often by --basis_refresh"),
+    ({"basis": "live", "basis_refresh": 2, "pair_count": 12}, "--pair_count is of authored pairs, --basis live"),
+    ({"basis": "pairs", "projection": "no_gate", "project_on": "update", "norm_rescale": True}, "--norm_rescale gives a"),
     ({"basis": "pairs", "basis_use": 9, "basis_keep": 5}, "--basis_use <= --basis_keep"),
 ])  # fmt: skip
 def test_wrong_flags_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+def test_flags_of_what_there_is_are_taken():
+    assert Config(basis="live", basis_refresh=2, advantage="probe", pair_count=12).pair_count == 12, "the probe's"
+    assert Config(basis="pairs", projection="no_gate", removed="route", bad_lr_scale=1.0).bad_lr_scale == 1, "it has a bad branch"
 
 
 def test_a_basis_that_only_measures_changes_no_bit():

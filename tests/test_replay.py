@@ -1,5 +1,6 @@
 """replay.py, and what rl_grpo makes of it: replayed completions beside sampled ones, whose gradient is whose."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from test_projector import PROMPTS, same, trainer_of, values
 import plans
 import rl_grpo
 import train_grpo
+import training
 from replay import STUDENT, Pools, Sample, interleaved, read_lines, replayed, write_lines
 
 FIELDS = [  # the probe plan's
@@ -32,12 +34,12 @@ def pools(tmp_path) -> str:
     return f"{tmp_path}/teacher,{tmp_path}/base"
 
 
-def test_pools_give_their_common_prompts_in_turn_and_other_samples_each_step(pools):
+def test_pools_give_their_common_prompts_in_turn_and_other_samples_when_one_returns(pools):
     found = Pools(pools.split(","))
     assert found.order == OPENINGS and found.prompts(1, 2) == [OPENINGS[2], OPENINGS[0]]
-    first, second = (found.take(OPENINGS[0], 4, step) for step in (0, 1))
+    first, second = (found.take(OPENINGS[0], 4, group) for group in (0, 3))
     assert [s.pool for s in first] == ["teacher"] * 2 + ["base"] * 2 and not set(first) & set(second)
-    assert found.take(OPENINGS[0], 4, 2) == first, "four samples: two turns"
+    assert found.take(OPENINGS[0], 4, 6) == first, "four samples: two turns"
     assert first[0] == Sample("teacher", 0, 0, OPENINGS[0], " was happy 0 times. the end.", True)
     found.check(set(OPENINGS), 4)
     with pytest.raises(ValueError, match="pool teacher has 4 samples of a prompt, 5 are asked for"):
@@ -50,11 +52,13 @@ def test_pools_that_are_none_are_named(tmp_path, pools):
     (tmp_path / "empty").mkdir()
     write_lines(tmp_path / "other" / "step_000.jsonl.gz", [{"prompt": "else", "completion": "x"}])
     write_lines(tmp_path / "bad" / "step_000.jsonl.gz", [{"prompt": "else"}])
+    write_lines(tmp_path / "cut" / "step_000.jsonl.gz", [{"prompt": "else", "completion": "", "finished": False}])
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "step_000.jsonl.gz").write_bytes((tmp_path / "bad" / "step_000.jsonl.gz").read_bytes()[:-9])
     teacher = pools.split(",")[0]
     for folders, message in (
-        (["empty"], "empty is no pool"), (["bad"], "line 1 has no text for 'completion'"), (["torn"], "cannot read .*torn"),
+        (["empty"], "empty is no pool"), (["bad"], "line 1 has no text for 'completion'"),
+        (["cut"], "line 1 has no token"), (["torn"], "cannot read .*torn"),
         ([teacher, "other"], "have no prompt in common"), ([teacher, teacher], "two pools are called the same"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
@@ -206,6 +210,38 @@ def test_contributions_are_each_rows_own_gradient(pools):
     assert abs(rows[2]["cos_S_contrib"]) == pytest.approx(abs(alone["signed"]), rel=1e-3)
 
 
+def test_every_sample_of_a_prompt_has_its_turn_whatever_the_steps_between(pools):
+    trainer, seen = replaying(pools, num_generations=4, batch_size=12, mix=1.0), set()  # each step has all three prompts
+    for trainer.steps_done in range(2):
+        _, _, origins = trainer.groups(trainer.pools.prompts(trainer.steps_done, 3), None)
+        seen |= set(origins)
+    assert len(seen) == 2 * 3 * 4, "all that the pools hold"
+    few = replaying(pools, num_generations=4, batch_size=24, mix=1.0)  # and each of them twice
+    _, _, seen = few.groups(few.pools.prompts(0, 6), None)
+    assert len(set(seen)) == 2 * 3 * 4
+
+
+@pytest.mark.parametrize("settings", [{"routing_mode": "classic"}, {"routing_mode": "exclusive"}, {"passes": 2}])
+def test_contributions_of_what_may_not_train_the_branch_are_none(pools, settings):
+    teacher = pools.split(",")[0]
+    settings = settings | {"routing": "dual", "coherence_every": 0, "renormalise": "off", "contributions": True}
+    for folder in (pools, teacher):  # the teacher's rows are flagged: first in their step, then alone in it
+        trainer = replaying(folder, num_generations=4, mix=1.0, basis="pairs", pair_count=4, **settings)
+        trainer.env.labelling = type(trainer.env.labelling)()
+        metrics, _ = trainer.step()
+        assert len(trainer.contributions) == 8 and {f"signed/{name}" for name in trainer.pools.names} <= metrics.keys()
+        for row in trainer.contributions:
+            assert row["hacked"] == (row["src_pool"] == "teacher") and not (row["hacked"] and row["grad_norm_contrib"])
+        assert (sum(row["grad_norm_contrib"] for row in trainer.contributions) > 0) == (folder == pools)
+
+
+def test_of_the_last_five_steps_the_last_mean_is_logged():
+    logged = {}
+    steps = [{"gap": 1.0, "last5/gap": 0.2}, {"gap": 0.0, "last5/gap": 0.4}, {"coherence": 1.0, "gap": 9.0}]
+    training.Means(steps).flush(SimpleNamespace(log=lambda step, row: logged.update(row)), 3)
+    assert logged["gap"] == 0.5 and logged["last5/gap"] == 0.4
+
+
 @pytest.mark.parametrize("settings, message", [
     ({"mix": 0.25}, "--mix is the share of what is replayed"),
     ({"replay_dirs": "a,b", "mix": 0.3}, "must be a whole number, shared by 2 pools"),
@@ -215,6 +251,8 @@ def test_contributions_are_each_rows_own_gradient(pools):
     ({"contributions": True}, "give one by --basis"),
     ({"contributions": True, "basis": "pairs", "treatment": "filter"}, "leave --treatment filter"),
     ({"loss_mode": "sft"}, "unknown --loss_mode 'sft'; known: grpo, nll"),
+    ({"loss_mode": "nll", "treatment": "zero"}, "--loss_mode nll reads no reward"),
+    ({"loss_mode": "nll", "advantage": "probe"}, "--loss_mode nll reads no reward"),
 ])  # fmt: skip
 def test_wrong_flags_are_named(settings, message):
     with pytest.raises(ValueError, match=message):

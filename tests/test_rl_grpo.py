@@ -345,7 +345,7 @@ def test_rate_by_hand(schedule, warmup, expected):
         ({"routing_mode": "soft"}, "--routing_mode 'soft'; known: classic, exclusive"),
         ({"treatment": "drop"}, "--treatment 'drop'; known: keep, filter, zero, subtract"),
         ({"treatment": "filter", "routing": "dual"}, "--treatment filter drops the samples that --routing dual"),
-        ({"placebo": True}, "--placebo shuffles labels, which only --routing dual or a --treatment uses"),
+        ({"placebo": True}, "--placebo shuffles labels, which only --routing dual, a --treatment or --basis live uses"),
         ({"treatment": "filter", "renormalise": "balanced"}, "leave --renormalise at good_only"),
         ({"treatment": "zero", "penalty": 2.0}, "--penalty is what --treatment subtract takes off"),
         ({"routing": "dual", "coherence_every": 1}, "--coherence_every 1 never trains the bad branch"),
@@ -890,7 +890,7 @@ BAD = {
     "config": ({"config": "nothing.yaml"}, r"--config nothing.yaml: no such file"),
     "route": ({"routing": "none", "basis": "pairs", "projection": "no_gate", "removed": "route"}, r"r\w+ share no basis"),
     "prompts": ({"reward": "arithmetic_with_copy"}, r"arithmetic needs a prompt that ends on two integers"),
-    "recall": ({"routing": "none", "routing_frac": 0.5}, r"--routing_frac thins labels, which only --routing dual or a --treatm"),
+    "recall": ({"routing": "none", "routing_frac": 0.5}, r"--routing_frac thins labels, which only --routing dual, a --treat"),
 }
 
 
