@@ -307,7 +307,7 @@ def test_flags_that_are_wrong_or_do_nothing_are_refused(case):
 
 def test_a_code_run_is_named_for_its_environment():
     folder, config = train_grpo.resolve(["--config", "configs/code.yaml", "--box", "limits", "--hint", "none"])
-    assert folder.name.startswith("code_none_r16_lr") and "hintnone" in folder.name and "sentence" not in folder.name
+    assert folder.name.startswith("code_none_ds_lr") and "hintnone" in folder.name and "sentence" not in folder.name
     assert "box" not in folder.name and config["env"] == "code" and config["max_new_tokens"] == 128
     assert train_grpo.resolve([])[0].name.startswith("sentence_length_6_smooth_plus_happy_none_r16")
 
