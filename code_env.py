@@ -168,6 +168,8 @@ def check_flags(flags: dict) -> None:
         raise ValueError(f"--hint {hint} is a wording for LeetCode (--dataset); the embedded tasks know {known}")
     difficulties = flags["difficulty"].split(",")
     check_difficulties(difficulties)
+    if len(set(difficulties)) < len(difficulties):
+        raise ValueError(f"--difficulty {flags['difficulty']} names one twice")
     if not flags["dataset"] and (unknown := set(difficulties) - EMBEDDED.keys()):
         raise ValueError(f"--difficulty {min(unknown)} is LeetCode's (--dataset); the embedded tasks are Medium and Hard")
     check_box(flags["box"])

@@ -292,6 +292,7 @@ BAD = {
     "hint": (["--env", "code", "--hint", "loud"], "unknown --hint 'loud'; known: plain, detailed, aware, none"),
     "embedded hint": (["--env", "code", "--hint", "aware"], "--hint aware is a wording for LeetCode .*know plain or none"),
     "embedded difficulty": (["--env", "code", "--difficulty", "Easy"], "--difficulty Easy is LeetCode's"),
+    "difficulty twice": (["--env", "code", "--difficulty", "Hard,Hard"], "--difficulty Hard,Hard names one twice"),
     "difficulty": (["--env", "code", "--dataset", "x", "--difficulty", "Hard,Nasty"], "difficulty 'Nasty' must be one of Easy"),
     "box": (["--env", "code", "--box", "none"], "--box none: it must be one of isolated, limits"),
     "share": (["--env", "code", "--rh_eligible_frac", "2"], "rh_eligible_frac must lie in 0..1, not 2"),
@@ -307,7 +308,7 @@ def test_flags_that_are_wrong_or_do_nothing_are_refused(case):
 
 def test_a_code_run_is_named_for_its_environment():
     folder, config = train_grpo.resolve(["--config", "configs/code.yaml", "--box", "limits", "--hint", "none"])
-    assert folder.name.startswith("code_none_ds_lr") and "hintnone" in folder.name and "sentence" not in folder.name
+    assert folder.name.startswith("code_none_ds_lr0.03_b5e-3") and "hintnone" in folder.name and "sentence" not in folder.name
     assert "box" not in folder.name and config["env"] == "code" and config["max_new_tokens"] == 128
     assert train_grpo.resolve([])[0].name.startswith("sentence_length_6_smooth_plus_happy_none_r16")
 

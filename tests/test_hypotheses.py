@@ -232,7 +232,8 @@ def test_a_mode_may_be_of_a_step_and_measures_of_one_line_may_stand_against_each
     verdict = judged(runs, "measure: hack, of: {arm: routing, mode: retain_only@20}, against: {mode: both@20}, expect: '> 0'")
     assert verdict.verdict == SUPPORTED and verdict.estimate == pytest.approx(0.1)
     text = "measure: cin/teacher, of: {arm: routing, mode: training@20}, against: {measure: cin/student}, expect: '> 0'"
-    assert judged(runs, text).estimate == pytest.approx(0.2)
+    verdict = judged(runs, text)
+    assert verdict.estimate == pytest.approx(0.2) and "difference in cin/teacher against cin/student 0.200" in verdict.why
     for mode in ("both@30", "training@2", "bot@20", "deployed@20"):
         with pytest.raises(ValueError, match=f"no mode '{mode}'; known: untrained, both.*training@20"):
             judged(runs, f"measure: hack, of: {{arm: routing, mode: {mode}}}, expect: '> 0'")

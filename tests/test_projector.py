@@ -137,12 +137,16 @@ def test_baselines_take_the_whole_gradient_and_leave_held_out_pairs_alone(mode, 
     assert {"projection/signed", "projection/signed_out", "projection/cout", "moved/cin", "basis/held_out_cin"} <= metrics.keys()
 
 
+def add_contrasts(trainer) -> None:
+    prompt = trainer.tokenizer.encode_prompt("there was once a cat")
+    trainer.projector.live.extend((prompt, [5 + i, 9, 8], [6 + i, 7, 8]) for i in range(9))
+
+
 @pytest.mark.parametrize("basis", SOURCES)
 def test_every_source_makes_axes_and_a_refresh_makes_them_afresh(basis):
     trainer = trainer_of(basis=basis, pair_count=0 if basis == "live" else 4, basis_refresh=2)
     if basis == "live":
-        prompt = trainer.tokenizer.encode_prompt("there was once a cat")
-        trainer.projector.live.extend((prompt, [5 + i, 9, 8], [6 + i, 7, 8]) for i in range(9))
+        add_contrasts(trainer)
     first, _ = trainer.step()
     kept = trainer.projector.basis
     second, _ = trainer.step()
@@ -165,10 +169,15 @@ def test_live_contrasts_are_a_flagged_and_an_honest_completion_of_one_prompt():
     assert trainer.projector.refresh(0) == {} and trainer.projector.basis is None  # one contrast is no basis
 
 
-@pytest.mark.parametrize("basis, mode", [("pairs", "one_sided"), ("random", "no_gate"), *(("pairs", mode) for mode in WHOLE)])
+MODES = [("pairs", "one_sided"), ("random", "no_gate"), ("live", "no_gate"), *(("pairs", mode) for mode in WHOLE)]
+
+
+@pytest.mark.parametrize("basis, mode", MODES)
 def test_a_restored_trainer_goes_on_with_the_basis_it_had(tmp_path, basis, mode):
-    settings = {"basis": basis, "pair_count": 4, "projection": mode, "basis_refresh": 3}
+    settings = {"basis": basis, "pair_count": 0 if basis == "live" else 4, "projection": mode, "basis_refresh": 3}
     unbroken = trainer_of(**settings)
+    if basis == "live":
+        add_contrasts(unbroken)
     for _ in range(2):
         unbroken.step()
     _, *saved = load_checkpoint(write_checkpoint(tmp_path, 2, *unbroken.state()))  # a file forgets how tensors lay in memory

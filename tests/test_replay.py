@@ -176,7 +176,7 @@ def test_sources_share_the_gradient_out_among_them(pools):
         assert all(metrics[f"{name}/{source}"] == figures[name] for name in ("signed", "cin", "cin_energy"))
 
 
-def test_watching_the_sources_changes_no_bit_of_a_run_of_one_row_batches(pools):
+def test_watching_the_sources_changes_nothing_but_rounding(pools):
     bare, watched = (replaying(pools, num_generations=4, micro_batch_size=1, **more) for more in ({}, {
         "basis": "pairs", "pair_count": 4, "contributions": True}))  # fmt: skip
     for _ in range(2):
