@@ -179,7 +179,8 @@ class Projector:
             return {}
         config = self.config
         by_source = {source: self.cosines(gradients) for source, gradients in self.sources.items()}
-        metrics = {f"{name}/{source}": row[name] for source, row in by_source.items() for name in ("signed", "cin", "cin_energy")}
+        there = {source: row for source, row in by_source.items() if row["norm"] > 0}
+        metrics = {f"{name}/{source}": row[name] for source, row in there.items() for name in ("signed", "cin", "cin_energy")}
         self.seen = None
         if config.projection in WHOLE:
             stats = projection.project_whole_(self.parameters, self.basis, self.directions, config.projection)

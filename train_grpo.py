@@ -101,6 +101,8 @@ def check(args: Args, config) -> None:
     for name in ("routing_frac", "false_positive_frac"):
         if getattr(args, name) != getattr(Args, name) and not config.uses_labels:
             raise ValueError(f"--{name} thins labels, which only --routing dual, a --treatment or --basis live uses")
+    if missing := [folder for folder in config.pools() if not Path(folder).is_dir()]:
+        raise ValueError(f"--replay_dirs: {missing[0]} is no folder; probe.py makes pools")
     training.check(args, config, ("eval_prompts", "prompt_tokens", "max_prompts", "logging_steps"))
     labelling(args)
     if config.removed == "route" and preset(args.lora_config, dual=True).kind not in ("delta_s", "lora_b"):

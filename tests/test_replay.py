@@ -295,3 +295,21 @@ def test_left_out_rows_take_their_sources_with_them(pools):
     trainer = replaying(pools, num_generations=4, treatment="filter", basis="pairs", pair_count=4)
     metrics, _ = trainer.step()  # the teacher's rows are all flagged where they are eligible
     assert {"signed/base", "signed/student"} <= set(metrics)
+
+
+def test_a_missing_pool_is_named_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="--replay_dirs: pools/nowhere is no folder"):
+        train_grpo.resolve(["--replay_dirs", "pools/nowhere", "--mix", "0.5"])
+
+
+def test_a_source_without_a_gradient_has_no_cosine(pools):
+    trainer = replaying(pools, num_generations=4, basis="pairs", pair_count=4)
+    trainer.projector.refresh(0)
+    for p in trainer.projector.parameters.values():
+        p.grad = torch.zeros_like(p)
+    trainer.projector.note("teacher", torch.arange(2))
+    for p in trainer.projector.parameters.values():
+        p.grad += 1
+    trainer.projector.note("base", torch.arange(2))
+    metrics = trainer.projector.project()
+    assert "signed/teacher" not in metrics and metrics["cin/base"] >= 0
