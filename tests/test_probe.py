@@ -1,6 +1,7 @@
 """probe.py: every outcome of every row of the plan's table, its rules, the report on planted figures, the whole on two steps."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,8 @@ def test_runs_differ_in_what_they_should(tmp_path, box):
     names = [f"{mode}_{arm}_{basis}" for mode in ("nll", "grpo") for arm in probe.ARMS for basis in ("pairs", "random")]
     assert list(file["arms"]) == names and file["fixed"]["mix"] == 1 and file["fixed"]["seed"] == 41
     teacher, base = (str(tmp_path / "pools" / name) for name in ("teacher", "base"))
+    for pool in (teacher, base):
+        Path(pool).mkdir(parents=True)
     runs = {run.name: run.config for run in plan(file, evaluate=False, root=tmp_path)[1]}
     for name, run in runs.items():
         assert run["replay_dirs"] == (teacher if name.startswith("nll") else f"{teacher},{base}")
