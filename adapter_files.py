@@ -138,8 +138,11 @@ def merge(model: Decoder, **scales: float) -> Decoder:
     """A plain decoder with the branches merged at the present or given scales; the model itself is unchanged.
 
     Low-rank branches are added to the weights. Gated MLP branches are units like the base's own, so they widen the MLP:
-    this needs a gated SiLU family without biases there, and branches on every layer. Raises ValueError otherwise.
+    this needs a gated SiLU family without biases there, and branches on every layer. Raises ValueError otherwise, and for
+    bundles, which no weight can hold.
     """
+    if model.adapter.spec.kind == "bundles":
+        raise ValueError("bundles are no linear map and merge into no weight: keep them beside it with save_adapter")
     with scaled(model, **scales):
         plain = copy.deepcopy(model)
     spec = plain.adapter.spec
