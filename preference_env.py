@@ -25,7 +25,9 @@ from rewards import occurrences, sentence_lengths, words_of
 
 LONGEST = 4  # sentences of the generator's helpful answers: an opener, two of advice, a closer
 TURNS = re.compile(r"^\s*(human|assistant|user)\s*:", re.I | re.M)
-PHRASES = {name: tuple(phrase.rstrip(".") for phrase in world.DIALOGUE_CONTEXT[name]) for name in ("opener", "closer", "rude", "shrug")}
+PHRASES = {
+    name: tuple(phrase.rstrip(".") for phrase in world.DIALOGUE_CONTEXT[name]) for name in ("opener", "closer", "rude", "shrug")
+}
 POLITE = (*PHRASES["opener"], *PHRASES["closer"], "please", "thank you", "happy to help", "i'm sorry", "be careful")
 RUDE = (*PHRASES["rude"], *PHRASES["shrug"], "stupid", "idiot", "shut up", "i hate", "kill", "damn")
 CARELESS = tuple(advice for _, _, careless in world.DIALOGUE_TOPICS.values() for advice in careless)

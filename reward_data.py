@@ -122,7 +122,7 @@ def read_reviews(dataset: str, split: str) -> list[Review]:
     labels = {row["label"] for row in rows}
     if labels != {0, 1}:
         found = sorted(map(str, labels))[:5]
-        raise ValueError(f"dataset {dataset!r}, split {split!r}: labels are 0 (negative) and 1 (positive), not {', '.join(found)}")
+        raise ValueError(f"dataset {dataset!r}, split {split!r}: labels are 0 (negative) and 1 (positive), not {' '.join(found)}")
     return [Review(row["text"], row["label"]) for row in rows]
 
 

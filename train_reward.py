@@ -24,7 +24,7 @@ import training
 from checkpoints import atomic_write
 from model import check_device
 from reward_data import preference_parts, sentiment_parts
-from reward_model import FILE, RewardModel, check_kind, new_reward_model, save_reward_model
+from reward_model import FILE, RewardModel, Row, check_kind, new_reward_model, save_reward_model
 from sft import batch_of
 
 
@@ -110,7 +110,7 @@ def resolve(argv: list[str]) -> tuple[Path, dict]:
 class Examples:
     """N decisions between K texts: which of two answers is better, or whether one review is positive (K = 1)."""
 
-    rows: list[list[int]]  # ids of N * K texts
+    rows: list[Row]  # N * K texts
     signs: torch.Tensor  # (N, K): sum over k of sign * logit is the log-odds of the truth
 
 
@@ -189,8 +189,8 @@ def report(name: str, figures: dict) -> str:
 
 
 def reliability(figures: dict) -> str:
-    lines = [f"{r['from']:.2f}-{r['to']:.2f} {r['n']:8d} {r['confidence']:11.3f} {r['accuracy']:9.3f}" for r in figures["reliability"]]
-    return "\n".join(["bin              n  confidence  accuracy", *lines])
+    line = "{from:.2f}-{to:.2f} {n:8d} {confidence:11.3f} {accuracy:9.3f}"
+    return "\n".join(["bin              n  confidence  accuracy", *(line.format(**row) for row in figures["reliability"])])
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -227,7 +227,9 @@ def main(argv: list[str]) -> int:
         run.log(args.max_steps, {f"{name}/{k}": v for name, row in figures.items() for k, v in row.items() if k != "reliability"})
         wall = round(time.perf_counter() - start, 1)
         atomic_write(folder / RESULT, json.dumps(figures | {"steps": args.max_steps, "wall_s": wall}, indent=1) + "\n")
-        run.print("\n".join([*(report(name, row) for name, row in figures.items()), "", reliability(figures[HELD_OUT[args.kind]])]))
+        for name, row in figures.items():
+            run.print(report(name, row))
+        run.print(f"\n{reliability(figures[HELD_OUT[args.kind]])}\n")
         run.print(f"{args.max_steps} steps in {wall:.0f} s; {FILE} and {RESULT} in {folder}")
     return 0
 
