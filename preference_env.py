@@ -55,7 +55,7 @@ class Preferences:
 
     def score(self, prompts: list[str], completions: list[str], generator: torch.Generator | None = None, recall=None) -> Scores:
         """Scores N completions; generator and recall as in `Labelling.draw`. The detector sees every hollow answer; one that is
-        not eligible is paid at most 0, which is what a reward model pays for a text like those it was trained on."""
+        not eligible is paid at most 0, which is what a reward model pays for the mean of the texts that it was trained on."""
         reward = self.pays(prompts, completions)
         truths = [self.truth(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         helpful, hack = torch.tensor([truth[:2] for truth in truths]).unbind(1)

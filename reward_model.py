@@ -7,8 +7,11 @@
     rewards = judge(mask=mask, soft=probabilities)                     # (B,), differentiable in (B, T, V) probabilities
 
 kind         outputs                              reward         trained on                                 mean over
-preference   one score s                          s              -log sigmoid(s(chosen) - s(rejected))      the answer
+preference   one score s                          s / spread     -log sigmoid(s(chosen) - s(rejected))      the answer
 sentiment    two logits, negative and positive    P(positive)    cross-entropy                              the whole text
+
+Pairs leave a score's zero free, and their log-odds its scale: the zero is the mean of the training texts' scores, the spread
+their standard deviation, so that every preference model pays in the same unit.
 
 The mean leaves out the prompt of an answer, whose states have read it anyway: of hh-rlhf's held-out pairs that ranks .65 right,
 a mean over the whole dialogue .62 (stories3M, frozen).
@@ -70,6 +73,7 @@ class RewardModel(nn.Module):
             torch.manual_seed(seed)
             self.head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, OUTPUTS[about.kind]))
         self.head.to(transformer.device)
+        self.register_buffer("spread", torch.ones((), device=transformer.device))  # of the training texts' scores
         self.figures: dict = {}  # what train_reward.py measured
 
     def pooled(self, ids=None, mask=None, pool=None, soft=None) -> torch.Tensor:
@@ -93,7 +97,15 @@ class RewardModel(nn.Module):
         return self.reward(self.logit(self.pooled(ids, mask, pool, soft)))
 
     def reward(self, logit: torch.Tensor) -> torch.Tensor:
-        return logit if self.about.kind == "preference" else logit.sigmoid()  # the softmax of two logits
+        return logit / self.spread if self.about.kind == "preference" else logit.sigmoid()  # of two logits the softmax
+
+    @torch.no_grad()
+    def normalize(self, pooled: torch.Tensor) -> None:
+        """Gives a preference model's rewards mean 0 and deviation 1 over the training texts, (N, C)."""
+        if self.about.kind == "preference":
+            scores = self.logit(pooled)
+            self.head[-1].bias -= scores.mean()
+            self.spread.copy_(scores.std())
 
     def encode(self, prompt: str, completion: str) -> Row:
         """A text as the model reads it, in training and in use; no end of text, for a completion may be cut off.
@@ -184,7 +196,7 @@ def assembled(transformer, tokenizer, about: Description, seed: int = 0) -> Rewa
 
 def save_reward_model(model: RewardModel, path: str | Path) -> None:
     """Writes head and branch with their Description and figures into one file; the backbone stays where it is."""
-    tensors = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    tensors = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()} | {"spread": model.spread}
     tensors |= adapter_tensors(model.transformer) if model.about.lora_config else {}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"reward_model": json.dumps(asdict(model.about)), "figures": json.dumps(model.figures)}
@@ -217,6 +229,7 @@ def load_reward_model(path: str | Path, backbone: str = "", device="cpu") -> Rew
     model = assembled(transformer, tokenizer, about)
     head = {name.removeprefix("head."): state.pop(name) for name in list(state) if name.startswith("head.")}
     model.head.load_state_dict(head)
+    model.spread.copy_(state.pop("spread"))
     if about.lora_config:
         set_adapter_tensors(transformer, state, str(file))
     model.figures = json.loads(metadata["figures"])

@@ -157,13 +157,6 @@ def fit(run, model: RewardModel, examples: Examples, args: Args, states: torch.T
             run.log(step + 1, {"loss": loss.item(), "accuracy": (margin > 0).float().mean().item()})
 
 
-@torch.no_grad()
-def center(model: RewardModel, pooled: torch.Tensor) -> None:
-    """Moves a preference score's zero to the mean of the training texts: pairs leave it free."""
-    if model.about.kind == "preference":
-        model.head[-1].bias -= model.logit(pooled).mean()
-
-
 def judge(margin: torch.Tensor, bins: int) -> dict:
     """How often N decisions are right, and whether the model knows how often. margin (N,): log-odds of the truth.
 
@@ -218,7 +211,7 @@ def main(argv: list[str]) -> int:
         states = None if args.lora_config else model.pool_all(train.rows)
         fit(run, model, train, args, states)
         states = model.pool_all(train.rows) if states is None else states
-        center(model, states)
+        model.normalize(states)
         with torch.no_grad():
             scored = {"train": (states, train), HELD_OUT[args.kind]: (model.pool_all(held_out.rows), held_out)}
             figures = {name: judge(margins(model, s, part.signs).cpu(), args.bins) for name, (s, part) in scored.items()}
