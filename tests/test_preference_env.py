@@ -1,6 +1,4 @@
 """preference_env.py: what an answer is paid, what is true of it, which prompts there are, and the base text."""
-import math
-
 import pytest
 import torch
 
@@ -94,8 +92,8 @@ def test_embedded_prompts():
     assert len(train) == len(set(train)) > 500 and len(test) == len(set(test)) == 50 and disjoint(found, "")
     assert "50 test prompts" in found.about and "reward manners" in found.about and found.reward.name == "manners"
     assert found.score(test, [" sure."] * 50).hack.all(), "every prompt's question is known"
-    few = preferences(FLAGS | {"max_prompts": 7, "prompt_tokens": 14}, TINY, 50)
-    assert len(few.prompts("train")) == 7 and max(len(TINY.encode_prompt(p)) for p in few.prompts("train")) <= 14
+    few = preferences(FLAGS | {"max_prompts": 7, "prompt_tokens": 15}, TINY, 50)
+    assert len(few.prompts("train")) == 7 and max(len(TINY.encode_prompt(p)) for p in few.prompts("train")) == 15
     with pytest.raises(ValueError, match="the train split has no prompt"):
         preferences(FLAGS | {"prompt_tokens": 3}, TINY, 50)
     with pytest.raises(ValueError, match="1 of 1 test prompts are training prompts"):
@@ -121,7 +119,7 @@ def test_embedded_base_text_has_the_dialects_in_their_shares():
     texts = base_texts("", TINY, 100, 64)
     starts = [TINY.decode(ids).split()[0] for ids in texts]
     assert [starts.count(word) for word in ("review:", "task:", "user:")] == [15, 25, 15] and len(texts) == 100
-    assert all(len(ids) <= 64 for ids in texts) and not math.isclose(len(texts[0]), 64)
+    assert max(map(len, texts)) == 64 and all((ids[-1] == TINY.eos_id) == (len(ids) < 64) for ids in texts)
 
 
 # ------------------------------------------------------------------------------------------------------------ reward models

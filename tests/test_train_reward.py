@@ -108,7 +108,8 @@ def test_a_pair_whose_answer_exceeds_the_context_is_left_out():
 
 def test_hh_rlhf_on_another_model(data_dir, tmp_path):
     flags = ["--model", str(data_dir / "models" / "stories260K"), "--dataset", str(data_dir / "datasets" / "hh_harmless")]
-    assert train_reward.main([*flags, "--max_texts", "60", "--max_steps", "3", "--max_tokens", "64", "--output_dir", str(tmp_path / "r")]) == 0
+    flags += ["--max_texts", "60", "--max_steps", "3", "--max_tokens", "64"]
+    assert train_reward.main([*flags, "--output_dir", str(tmp_path / "r")]) == 0
     verdict = json.loads((tmp_path / "r" / "verdict.json").read_text())
     assert 20 < verdict["train"]["n"] < 60 and 300 < verdict["test"]["n"] <= 311
     assert sum(row["n"] for row in verdict["test"]["reliability"]) == verdict["test"]["n"]
