@@ -36,15 +36,14 @@ class Review(NamedTuple):
 
 
 def preference_parts(
-    dataset: str = "", train_split: str = "train", eval_split: str = "test", limit: int = 20_000
+    dataset: str = "", train_split: str = "train", eval_split: str = "test"
 ) -> tuple[dict[str, list[Pair]], str]:
-    """Pairs by part, and a line that says what was left out. `limit`: training rows at most; the test split is read whole.
+    """Pairs by part, in shuffled order, and a line that says what was left out.
 
     Training dialogues that open like a test dialogue are left out; of the others one in three, by md5 of the opening, is the
     policy's. Raises ValueError for a dataset without `chosen` and `rejected` transcripts, and for a part without a pair.
     """
-    train, unread = read_pairs(dataset, train_split, limit)
-    test, more = read_pairs(dataset, eval_split, None)
+    (train, unread), (test, more) = read_pairs(dataset, train_split), read_pairs(dataset, eval_split)
     tested = {opening(pair.prompt) for pair in test}
     kept = [pair for pair in train if opening(pair.prompt) not in tested]
     parts = {
@@ -57,12 +56,11 @@ def preference_parts(
     return parts, f"{sizes(parts)} pairs of {dataset or 'the embedded dialogues'}; left out: {left_out}"
 
 
-def read_pairs(dataset: str, split: str, limit: int | None) -> tuple[list[Pair], int]:
+def read_pairs(dataset: str, split: str) -> tuple[list[Pair], int]:
     """(pairs, rows that are none)."""
     if not dataset:
-        n = min(EMBEDDED["preference"][split], limit or 10**9)
-        return [Pair(**row) for row in corpus.preference_pairs(split, n)], 0
-    rows = load_rows(dataset, split, ["chosen", "rejected"], limit, SPLIT_SEED)
+        return [Pair(**row) for row in corpus.preference_pairs(split, EMBEDDED["preference"][split])], 0
+    rows = load_rows(dataset, split, ["chosen", "rejected"], shuffle_seed=SPLIT_SEED)
     if wrong := [row for row in rows if not isinstance(row["chosen"], str) or not isinstance(row["rejected"], str)]:
         raise ValueError(f"dataset {dataset!r}: chosen and rejected must be transcripts, not {wrong[0]!r:.80}")
     pairs = [split_transcripts(row["chosen"], row["rejected"]) for row in rows]

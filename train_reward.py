@@ -40,7 +40,7 @@ class Args:
     eval_split: str = "test"
     """pairs that are never trained on"""
     max_texts: int = 20_000
-    """pairs read at most, before some are left to the policy; of reviews 5,000 are used"""
+    """pairs, or reviews, to learn from at most"""
     max_tokens: int = 256
     """so many tokens are read of a text: a review's first ones; of a dialogue the whole answer and the end of the prompt"""
     lora_config: str = ""
@@ -66,6 +66,7 @@ class Args:
 
 RESULT = "verdict.json"  # in its folder a run is finished
 QUIET = {"output_dir", "device", "threads", "logging_steps", "bins"}  # do not change what is learned
+PARTS = {"preference": preference_parts, "sentiment": sentiment_parts}
 HELD_OUT = {"preference": "test", "sentiment": "validation"}  # the reviews' test part is the policy's, once, at the end
 
 
@@ -196,10 +197,8 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(args.threads)
     folder, resolved = describe(args)
     training.check_folder(folder, resolved, resume=False)
-    if args.kind == "preference":
-        parts, about = preference_parts(args.dataset, args.train_split, args.eval_split, args.max_texts)
-    else:
-        parts, about = sentiment_parts(args.dataset, args.train_split, args.eval_split)
+    parts, about = PARTS[args.kind](args.dataset, args.train_split, args.eval_split)
+    parts["reward"] = parts["reward"][: args.max_texts]
     model = new_reward_model(args.kind, args.model, args.lora_config, args.max_tokens, args.seed, args.dtype, args.device)
     read = {name: read_examples(model, parts[name]) for name in ("reward", HELD_OUT[args.kind])}
     for name, (examples, _) in read.items():
