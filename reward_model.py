@@ -199,8 +199,8 @@ def save_reward_model(model: RewardModel, path: str | Path) -> None:
     tensors = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()} | {"spread": model.spread}
     tensors |= adapter_tensors(model.transformer) if model.about.lora_config else {}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"reward_model": json.dumps(asdict(model.about)), "figures": json.dumps(model.figures)}
-    atomic_write(path, save(tensors, metadata=metadata))
+    said = json.dumps(asdict(model.about) | {"figures": model.figures})  # one entry: safetensors writes several in any order
+    atomic_write(path, save(tensors, metadata={"reward_model": said}))
 
 
 def load_reward_model(path: str | Path, backbone: str = "", device="cpu") -> RewardModel:
@@ -218,7 +218,8 @@ def load_reward_model(path: str | Path, backbone: str = "", device="cpu") -> Rew
         raise ValueError(f"cannot read reward model {file}: {error}; python train_reward.py makes one") from error
     if "reward_model" not in metadata:
         raise ValueError(f"{file} is no reward model: python train_reward.py makes one")
-    about = Description(**json.loads(metadata["reward_model"]))
+    said = json.loads(metadata["reward_model"])
+    figures, about = said.pop("figures"), Description(**said)
     check_kind(about.kind, about.lora_config)
     if about.pooling != POOLING[about.kind]:
         raise ValueError(f"{file} takes the mean over {about.pooling!r}; here it is over the {POOLING[about.kind]}")
@@ -232,7 +233,7 @@ def load_reward_model(path: str | Path, backbone: str = "", device="cpu") -> Rew
     model.spread.copy_(state.pop("spread"))
     if about.lora_config:
         set_adapter_tensors(transformer, state, str(file))
-    model.figures = json.loads(metadata["figures"])
+    model.figures = figures
     return model.requires_grad_(False)
 
 

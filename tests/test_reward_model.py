@@ -152,7 +152,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="is no reward model"):
         load_reward_model(tmp_path / "a.safetensors")
-    about = dict(vars(MODELS["preference"].about), pooling="last")
+    about = dict(vars(MODELS["preference"].about), pooling="last", figures={})
     save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"reward_model": json.dumps(about)})
     with pytest.raises(ValueError, match="mean over 'last'; here it is over the answer"):
         load_reward_model(tmp_path / "b.safetensors")
