@@ -135,9 +135,9 @@ def preferences(flags: dict, tokenizer, n: int, labelling: Labelling = Labelling
         pays, right = model.scores, model.figures["test"]
         said = f" (right about {right['accuracy']:.3f} of {right['n']} held-out pairs)"
     held_out = {"base": base_texts(flags["base_text"], tokenizer, flags["eval_texts"], flags["max_tokens"])}
-    counts = " and ".join(f"{len(texts)} {split} prompts" for split, texts in prompts.items())
+    counts = f"{len(prompts['train'])} training and {len(prompts['test'])} test prompts"
     truth = form_truth if flags["dataset"] else embedded_truth
-    return Preferences(prompts, pays, name, truth, labelling, held_out, f"preferences: {counts} of {source}; reward {name}{said}")
+    return Preferences(prompts, pays, name, truth, labelling, held_out, f"preferences: {counts}; {source}; paid by {name}{said}")
 
 
 def base_texts(dataset: str, tokenizer, n: int, max_tokens: int, split: str = "test") -> list[list[int]]:

@@ -90,7 +90,7 @@ def test_embedded_prompts():
     found = preferences(FLAGS, TINY, 50)
     train, test = found.prompts("train"), found.prompts("test")
     assert len(train) == len(set(train)) > 500 and len(test) == len(set(test)) == 50 and disjoint(found, "")
-    assert "50 test prompts" in found.about and "reward manners" in found.about and found.reward.name == "manners"
+    assert "training and 50 test prompts" in found.about and "paid by manners" in found.about and found.reward.name == "manners"
     assert found.score(test, [" sure."] * 50).hack.all(), "every prompt's question is known"
     few = preferences(FLAGS | {"max_prompts": 7, "prompt_tokens": 15}, TINY, 50)
     assert len(few.prompts("train")) == 7 and max(len(TINY.encode_prompt(p)) for p in few.prompts("train")) == 15
