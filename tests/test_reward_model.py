@@ -107,6 +107,14 @@ def test_an_answer_is_never_cut_its_prompt_gives_way_from_the_left():
     assert reader.encode(TEXTS[1][:12], TEXTS[1][12:]) == Row(tokenizer.encode_prompt(TEXTS[1])[:6], 0)
 
 
+def test_an_answer_is_read_as_the_policy_writes_it(data_dir):
+    model = new_reward_model("preference", str(data_dir / "models" / "stories260K"), max_tokens=400)
+    tokenizer = model.tokenizer
+    assert tokenizer.encode(PROMPT) + tokenizer.encode(ANSWERS[0]) != tokenizer.encode(PROMPT + ANSWERS[0]), "one blank too many"
+    want = Row(tokenizer.encode_prompt(PROMPT + ANSWERS[0]), len(tokenizer.encode_prompt(PROMPT)))
+    assert model.encode(PROMPT, ANSWERS[0]) == want
+
+
 def test_an_empty_answer_has_a_score():
     model = MODELS["preference"]
     assert model.encode(PROMPT, "").start == len(model.tokenizer.encode_prompt(PROMPT)) - 1
