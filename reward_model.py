@@ -14,7 +14,7 @@ Pairs leave a score's zero free, and their log-odds its scale: the zero is the m
 their standard deviation, so that every preference model pays in the same unit.
 
 The mean leaves out the prompt of an answer, whose states have read it anyway: of hh-rlhf's held-out pairs that ranks .67 right,
-a mean over the whole dialogue .62 (stories3M, frozen, means of three seeds).
+a mean over the whole dialogue .62 (stories3M, frozen, 311 pairs, means of three seeds).
 
 Both losses are softplus(-margin), with the margin the log-odds that the model gives to the truth: s(chosen) - s(rejected), and
 the true label's logit minus the other's. Bradley and Terry 1952; as a reward model: Ouyang et al. 2022,
