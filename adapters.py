@@ -350,12 +350,20 @@ def scaled(model: Decoder, **scales: float):
 
 @contextmanager
 def reference(model: Decoder):
-    """The untrained policy: this model with every branch off; under full fine-tuning the frozen copy."""
+    """The untrained policy: this model with every branch off; where there is a frozen copy (full fine-tuning, or after
+    `freeze_reference`) that copy."""
     if model.adapter.frozen is not None:
         yield model.adapter.frozen
     else:
         with scaled(model, **{name: 0.0 for name in model.adapter.names}):
             yield model
+
+
+def freeze_reference(model: Decoder) -> None:
+    """From here on the reference policy is the model as it is now: a copy of what is trained, on the same frozen weights."""
+    model.adapter.frozen = None
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    model.adapter.frozen = copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def branch_parameters(model: Decoder) -> dict[str, dict[str, nn.Parameter]]:

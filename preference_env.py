@@ -18,9 +18,10 @@ import torch
 import corpus
 import corpus_words as world
 from data import load_texts
-from envs import Labelling, Scores
+from envs import Labelling, Scores, Stories, dataset_prompts
 from reward_data import preference_parts
 from reward_model import check_vocabulary, load_reward_model
+from reward_specs import get_reward
 from rewards import occurrences, sentence_lengths, words_of
 
 LONGEST = 4  # sentences of the generator's helpful answers: an opener, two of advice, a closer
@@ -140,12 +141,25 @@ def preferences(flags: dict, tokenizer, n: int, labelling: Labelling = Labelling
     return Preferences(prompts, pays, name, truth, labelling, held_out, f"preferences: {counts}; {source}; paid by {name}{said}")
 
 
+def with_base_text(flags: dict, tokenizer, n: int, labelling: Labelling = Labelling()):
+    """What --env asks for: preferences, or stories (flags also: column); either with base text to measure the perplexity on."""
+    if flags["env"] == "preferences":
+        return preferences(flags, tokenizer, n, labelling)
+    prompts = None
+    if flags["dataset"]:
+        splits = {"train": (flags["train_split"], flags["max_prompts"]), "test": (flags["eval_split"], n)}
+        prompts = dataset_prompts(flags["dataset"], tokenizer, flags["prompt_tokens"], splits, flags["column"])
+    held_out = {"base": base_texts(flags["base_text"], tokenizer, flags["eval_texts"], flags["max_tokens"])}
+    return Stories(get_reward(flags["reward"]), prompts, labelling, held_out)
+
+
 def base_texts(dataset: str, tokenizer, n: int, max_tokens: int, split: str = "test") -> list[list[int]]:
     """Ids of at most n texts whose perplexity says what is left of the base model: of the embedded world, its dialects in the
-    proportions that it was trained on; of a dataset, its lines joined (WikiText's way) and cut every max_tokens."""
+    proportions that it was trained on, and one fable in five, which it was not (base_text.py teaches it those); of a dataset,
+    its lines joined (WikiText's way) and cut every max_tokens."""
     if not dataset:
-        shares = corpus.DEFAULT_WEIGHTS.items()
-        texts = [d.text for dialect, share in shares for d in corpus.generate(dialect, split, max(1, round(n * share)))]
+        shares = {dialect: 0.8 * share for dialect, share in corpus.DEFAULT_WEIGHTS.items()} | {"fables": 0.2}
+        texts = [d.text for dialect, s in shares.items() for d in corpus.generate(dialect, split, max(1, round(n * s)))]
         return [tokenizer.encode_text(text, max_tokens) for text in texts]
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     step, text = max_tokens - len(first), "\n".join(load_texts(dataset, split))

@@ -81,6 +81,8 @@ class Config:
     """completions per forward/backward; 0: about 4,096 tokens on a CPU, 16,384 on a GPU; never changes a gradient"""
     max_steps: int = 150
     max_new_tokens: int = 64
+    flow_every: int = 0
+    """log the norm of the gradient that each loss sends to each branch every so many steps; 0: never"""
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -104,7 +106,7 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie in 0..1, not {getattr(self, name)}")
         rates = ("beta", "lr", "bad_lr_scale", "value_lr", "weight_decay", "max_grad_norm", "epsilon", "value_epsilon")
-        for name in (*rates, "value_coef", "entropy_coef", "target_kl", "micro_batch_size", "warmup_steps"):
+        for name in (*rates, "value_coef", "entropy_coef", "target_kl", "micro_batch_size", "warmup_steps", "flow_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         for name in ("routing_mode", "bad_lr_scale", "placebo") if self.routing == "none" else ():
@@ -307,29 +309,48 @@ def backward(losses: dict[str, torch.Tensor], router) -> None:
             loss.backward(retain_graph=left > 0)
 
 
+def losses_of(model, value_head, rollout: Rollout, seen: Experience, rows, share, config: Config):
+    """The weighted losses of some rows by name, differentiable, and figures to log; share (N, T) is what each token counts."""
+    weights, valid, hidden, ref = config.weights(), rollout.mask[rows], hidden_rows(model, rollout, rows), None
+    if "kl_loss" in weights:
+        with reference(model) as base:
+            ref = seen.ref_hidden[rows][valid], base.head_weight
+    logprobs, entropy, *kl = law_of(model, rollout, rows, hidden, config.law(), ref)
+    old_logprobs, old_values, advantages, returns, token = (
+        x[rows][valid] for x in (rollout.logprobs, seen.values, seen.advantages, seen.returns, share)
+    )
+    policy, clipped = policy_loss(logprobs, old_logprobs, advantages, config.epsilon)
+    value, value_clipped = value_loss(values_of(value_head, hidden), old_values, returns, config.value_epsilon)
+    terms = dict(zip(LOSSES, (policy, value, -entropy, *kl)))
+    shown = {"clip_frac": clipped, "value_clip_frac": value_clipped, "approx_kl": k3(old_logprobs, logprobs)}
+    losses = {name: weight * (token * terms[name]).sum() for name, weight in weights.items()}
+    return losses, {name: (token * x).sum() for name, x in shown.items()}
+
+
+def shares(rollout: Rollout, rows):
+    """(N, T): what each token of a minibatch, `rows` (n,), counts in its losses."""
+    share = torch.zeros(rollout.mask.shape, device=rollout.mask.device)
+    share[rows] = token_weights(rollout.mask[rows], "bnpo", 0)
+    return share
+
+
 def gradients(model, value_head, rollout: Rollout, seen: Experience, rows, routes, router, config: Config) -> dict[str, float]:
     """Adds the gradients of a minibatch, `rows` (n,) of a rollout. Returns its losses and what to log."""
-    weights, sums, share = config.weights(), [], torch.zeros(rollout.mask.shape, device=rollout.mask.device)
-    share[rows] = token_weights(rollout.mask[rows], "bnpo", 0)
+    share, sums = shares(rollout, rows), []
     for part in micro_batches(rollout, rows, config.micro_batch_size):
-        valid, hidden, ref = rollout.mask[part], hidden_rows(model, rollout, part), None
-        if "kl_loss" in weights:
-            with reference(model) as base:
-                ref = seen.ref_hidden[part][valid], base.head_weight
-        logprobs, entropy, *kl = law_of(model, rollout, part, hidden, config.law(), ref)
-        old_logprobs, old_values, advantages, returns, token = (
-            x[part][valid] for x in (rollout.logprobs, seen.values, seen.advantages, seen.returns, share)
-        )
-        policy, clipped = policy_loss(logprobs, old_logprobs, advantages, config.epsilon)
-        value, value_clipped = value_loss(values_of(value_head, hidden), old_values, returns, config.value_epsilon)
-        terms = dict(zip(LOSSES, (policy, value, -entropy, *kl)))
-        losses = {name: weight * (token * terms[name]).sum() for name, weight in weights.items()}
+        losses, shown = losses_of(model, value_head, rollout, seen, part, share, config)
         with routing.gates(model, **{name: w if w is None else w[part] for name, w in routes.items()}):
             backward(losses, router)
-        shown = {"clip_frac": clipped, "value_clip_frac": value_clipped, "approx_kl": k3(old_logprobs, logprobs)}
-        losses |= {name: (token * x).sum() for name, x in shown.items()}
-        sums.append({name: x.detach() for name, x in losses.items()})
+        sums.append({name: x.detach() for name, x in (losses | shown).items()})
     return {name: torch.stack([s[name] for s in sums]).sum().item() for name in sums[0]}
+
+
+def flow(model, value_head, rollout: Rollout, seen: Experience, router, config: Config) -> dict[str, float]:
+    """Norm of the gradient that each loss sends to each branch, on the longest completions of a rollout."""
+    rows = micro_batches(rollout, torch.arange(len(rollout.tokens), device=rollout.mask.device), config.micro_batch_size)[0]
+    losses, _ = losses_of(model, value_head, rollout, seen, rows, shares(rollout, rows), config)
+    norms = routing.analyze_gradient_flow(model, losses, router)
+    return {f"flow/{loss}/{branch}": norm for loss, row in norms.items() for branch, norm in row.items()}
 
 
 def update(model, value_head, optimizer, rollout, seen: Experience, is_rh, config: Config, generator, router=None):
@@ -399,6 +420,8 @@ class Trainer:
         seen = look(self.model, self.value_head, rollout, config)
         metrics = self.check(rollout, seen)
         credit(seen, scores.reward.to(device), rollout.mask, *rest)
+        if config.flow_every and step % config.flow_every == 0:
+            metrics |= flow(self.model, self.value_head, rollout, seen, self.router, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate(step, config)
         metrics |= update(self.model, self.value_head, self.optimizer, rollout, seen, *rest, generator, self.router)

@@ -185,7 +185,7 @@ def test_a_random_model_is_always_the_same_and_draws_nothing_from_anyone():
     assert not torch.allclose(a.embed_tokens.weight, trained.embed_tokens.weight, atol=1e-3)
 
 
-@pytest.mark.parametrize("path", sorted((Path(memory.__file__).parent / "configs").glob("code*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((Path(memory.__file__).parent / "configs").glob("code*.yaml")), ids=lambda p: p.stem)
 def test_presets_are_flags(path):
     name, _, args, config = train_grpo.parse(["--config", str(path)])
     assert args.env == "code" and config.batch_size % config.num_generations == 0
