@@ -41,7 +41,7 @@ class Config:
     """pairs a step"""
     micro_batch_size: int = 0
     """pairs per forward/backward; 0: all; never changes a gradient"""
-    max_steps: int = 150
+    max_steps: int = 500
     max_tokens: int = 256
     """a pair's prompt and answer together; a longer pair is refused"""
     max_new_tokens: int = 64

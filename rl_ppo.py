@@ -79,9 +79,9 @@ class Config:
     """completions a step, each of a prompt of its own"""
     micro_batch_size: int = 0
     """completions per forward/backward; 0: about 4,096 tokens on a CPU, 16,384 on a GPU; never changes a gradient"""
-    max_steps: int = 150
+    max_steps: int = 500
     max_new_tokens: int = 64
-    flow_every: int = 0
+    flow_every: int = 50
     """log the norm of the gradient that each loss sends to each branch every so many steps; 0: never"""
     temperature: float = 1.0
     top_k: int = 0

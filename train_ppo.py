@@ -38,8 +38,9 @@ EVALUATE = "eval_run.py"  # judges finished runs
 
 
 def parse(argv: list[str]):
-    """(algorithm's name, its module, args, config). The seed's 500 steps are the default."""
-    name, algorithm, args, config = training.parse(argv, Args, "rl_ppo", partial(tyro.cli, use_underscores=True, description=__doc__))
+    """(algorithm's name, its module, args, config)."""
+    cli = partial(tyro.cli, use_underscores=True, description=__doc__)
+    name, algorithm, args, config = training.parse(argv, Args, "rl_ppo", cli)
     if not hasattr(config, "loss_routes"):
         raise ValueError(f"--algorithm {name} has no loss_routes: copy rl_ppo.py to start one")
     return name, algorithm, args, config

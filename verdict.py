@@ -139,8 +139,8 @@ def evaluate_modes(sampler: Sampler, env, tokenizer, modes: dict, n: int, max_ne
 
 
 def price(rows: dict[str, dict]) -> dict[str, dict]:
-    """Adds, in place, to rows with a loss on base text: perplexity and, over the untrained row, reward_improvement,
-    perplexity_degradation (perplexity / untrained - 1) and, where that is not 0, efficiency, their ratio."""
+    """Adds, in place, to rows with a loss on base text: perplexity and, over the untrained row, reward_improvement and
+    perplexity_degradation (perplexity / untrained - 1); to `both` efficiency, their ratio, unless perplexity stayed."""
     for row in rows.values():
         if "loss/base" not in row:
             return rows
@@ -149,8 +149,8 @@ def price(rows: dict[str, dict]) -> dict[str, dict]:
     for row in rows.values() if first else ():
         row["reward_improvement"] = row["reward"] - first["reward"]
         row["perplexity_degradation"] = row["perplexity"] / first["perplexity"] - 1
-        if row["perplexity_degradation"]:
-            row["efficiency"] = row["reward_improvement"] / row["perplexity_degradation"]
+    if first and (last := rows.get("both")) and last["perplexity_degradation"]:
+        last["efficiency"] = last["reward_improvement"] / last["perplexity_degradation"]
     return rows
 
 
