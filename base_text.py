@@ -2,7 +2,7 @@
 
     text = TextTrainer(model, texts, tokenizer.pad_id, text_branches(model), lr=1e-3, batch_size=16, seed=0)
     teach(run, text, steps=200, held_out=...)            # then the model as it is becomes the reference policy
-    trainer = Interleaved(trainer, text, every=4)        # a step on text before every fourth step of the algorithm
+    trainer = Interleaved(trainer, text, every=4)        # a step on text after every fourth step of the algorithm
 
 A residual bundle that was never trained writes 0, and what is not there cannot be spoilt. Every arm is taught alike: its SSL
 bundles learn, or, in an adapter that has none, all of it.
@@ -75,7 +75,10 @@ def teach(run, text: TextTrainer, steps: int, held_out: list[list[int]]) -> None
 
 
 class Interleaved:
-    """An algorithm's trainer that takes a step on base text before every `every`-th of its own (0: none), and logs alphas."""
+    """An algorithm's trainer that takes a step on base text after every `every` of its own (0: none), and logs alphas.
+
+    That step is the first thing of the next one, so that a step that fails leaves what was before it.
+    """
 
     def __init__(self, trainer, text: TextTrainer, every: int):
         self.trainer, self.text, self.every = trainer, text, every
@@ -85,7 +88,7 @@ class Interleaved:
 
     def step(self):
         metrics, step = {}, self.trainer.steps_done
-        if self.every and step % self.every == 0:
+        if self.every and step and step % self.every == 0:
             metrics["loss/lm"] = self.text.step(step)
         own, sample = self.trainer.step()
         if self.model.adapter.spec.kind == "bundles":

@@ -4,7 +4,7 @@
     python train_dpo.py --beta 0.01                                    # the same bundles, the loss trains all
     python train_dpo.py --model PATH --dataset Anthropic/hh-rlhf --base_text Salesforce/wikitext:wikitext-2-raw-v1
 
-Flags are the fields of isolation.Flags and of the algorithm's `Config` (rl_dpo.py). --reward judges the answers, and trains nothing.
+Flags are the fields of isolation.Flags and of the algorithm's `Config` (rl_dpo.py). --reward judges answers, and trains nothing.
 """
 
 import sys

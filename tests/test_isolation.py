@@ -1,4 +1,4 @@
-"""train_ppo.py and train_dpo.py end to end: phases, figures, bitwise isolation and resumption, what is refused before any work."""
+"""train_ppo.py and train_dpo.py end to end: phases, figures, bitwise isolation and resumption, what is refused before work."""
 import json
 import math
 from pathlib import Path
@@ -21,8 +21,8 @@ from model import load
 from routing import ARRANGEMENTS, SEPARATE
 from verdict import price
 
-SMALL = ["--max_steps", "2", "--batch_size", "4", "--max_new_tokens", "12", "--eval_prompts", "8", "--eval_texts", "10", "--reward",
-         "manners", "--max_prompts", "40", "--logging_steps", "1", "--eval_every", "1", "--max_tokens", "48", "--ssl_steps", "3",
+SMALL = ["--max_steps", "2", "--batch_size", "4", "--max_new_tokens", "12", "--eval_prompts", "8", "--eval_texts", "10",
+         "--max_prompts", "40", "--logging_steps", "1", "--eval_every", "1", "--max_tokens", "48", "--ssl_steps", "3",
          "--ssl_texts", "30", "--ssl_batch_size", "4", "--device", "cpu"]  # fmt: skip
 PPO = [*SMALL, "--num_epochs", "1", "--num_minibatches", "2", "--kl_in", "loss", "--no_whiten", "--lr", "1e-2"]
 DPO = [*SMALL, "--lr", "1e-2"]
@@ -82,10 +82,10 @@ def test_phase_0_is_the_same_in_every_arm_of_bundles_and_only_routing_protects(t
 
 
 def test_text_between_the_steps_trains_what_its_loss_may(tmp_path):
-    run(tmp_path / "run", "--loss_routes", "ssl_rl_separate", "--lm_every", "2", "--entropy_coef", "0", "--beta", "0")
+    run(tmp_path / "run", "--loss_routes", "ssl_rl_separate", "--lm_every", "1", "--entropy_coef", "0", "--beta", "0")
     assert moved(tmp_path / "run") == {"b_ssl_main", "b_ssl_semantic", "b_rl_policy", "b_rl_value"}
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in logged if "loss/lm" in row] == [1]
+    assert [row["step"] for row in logged if "loss/lm" in row] == [2]
 
 
 def test_gradient_flow_is_logged_by_loss_and_bundle(tmp_path):
@@ -181,7 +181,7 @@ def test_price_by_hand():
     ("ppo", ["--loss_routes", "nonsense"], "ssl_rl_separate"), ("ppo", ["--env", "code"], "preferences, stories"),
     ("ppo", ["--reward", "nowhere"], "train_reward.py"), ("ppo", ["--column", "text"], "--column"),
     ("ppo", ["--lora_config", "r8", "--routing", "dual"], "--ssl_steps 0"), ("ppo", ["--ssl_steps", "-1"], "ssl_steps"),
-    ("ppo", ["--routing_frac", "0.5"], "routing_frac"), ("ppo", ["--algorithm", "rl_grpo"], "loss_routes"),
+    ("ppo", ["--routing_frac", "0.5"], "routing_frac"),
     ("ppo", ["--max_tokens", "4096"], "context"), ("dpo", ["--env", "stories", "--reward", "happy_count"], "pairs"),
     ("dpo", ["--algorithm", "rl_ppo"], "another script's"), ("dpo", ["--max_tokens", "3"], "preference pair"),
 ])  # fmt: skip
@@ -189,6 +189,11 @@ def test_what_is_refused_before_there_is_a_folder(tmp_path, script, flags, said)
     with pytest.raises(ValueError, match=said):
         run(tmp_path / "run", *flags, script=script)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_algorithm_without_routes_per_loss_is_refused():
+    with pytest.raises(ValueError, match="rl_grpo has no loss_routes"):
+        train_ppo.parse(["--algorithm", "rl_grpo"])
 
 
 def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is():
