@@ -59,9 +59,9 @@ class TextTrainer:
 
 def teach(run, text: TextTrainer, steps: int, held_out: list[list[int]]) -> None:
     """Phase 0: `steps` steps on base text; then the model as it is is the reference policy, kept in the run folder, from where a
-    resumed run takes it. A phase that was cut short begins again: the steps are the same."""
+    run that goes on from a checkpoint takes it. Without one the phase begins again: its steps are the same."""
     model, path = text.model, run.folder / REFERENCE
-    if path.is_file():
+    if run.checkpoint:
         set_adapter_tensors(model, load_file(path), str(path))
         freeze_reference(model)
         return

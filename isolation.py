@@ -48,6 +48,8 @@ class Flags:
     """phase 0: steps on base text before anything else; 0: none"""
     ssl_texts: int = 4000
     """base texts to learn from"""
+    ssl_split: str = "train"
+    """the split of --base_text that they are of; test: what is behind the texts that the perplexity is measured on"""
     ssl_batch_size: int = 16
     ssl_lr: float = 1e-3
     """AdamW's learning rate on base text"""
@@ -100,6 +102,8 @@ def check(args: Flags, config) -> None:
     if config.loss_routes and args.lora_config != (bundles := ARRANGEMENTS[config.loss_routes][0]):
         raise ValueError(f"--loss_routes {config.loss_routes} routes to the branches of --lora_config {bundles}, "
                          f"not {args.lora_config}")
+    if args.ssl_split != "train" and not args.base_text:
+        raise ValueError("--ssl_split is a flag of --base_text: the embedded world's texts to learn from are those of train")
     if args.env == "stories":
         reward = get_reward(args.reward)
         if getattr(config, "uses_labels", False) and reward.detector is None:
@@ -133,9 +137,19 @@ def build(args: Flags, config, labelling: Labelling = Labelling()):
     training.check_prompts(env)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
-    learns = args.ssl_steps or args.lm_every
-    texts = base_texts(args.base_text, tokenizer, args.ssl_texts, args.max_tokens, "train") if learns else []
-    return model, tokenizer, env, texts
+    return model, tokenizer, env, texts_to_learn(args, tokenizer)
+
+
+def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
+    """Base texts that the perplexity is not measured on. Raises ValueError where there are none."""
+    if not args.ssl_steps and not args.lm_every:
+        return []
+    measured = args.eval_texts if args.ssl_split == "test" else 0
+    found = base_texts(args.base_text, tokenizer, measured + args.ssl_texts, args.max_tokens, args.ssl_split)[measured:]
+    if not found:
+        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} but the texts that the "
+                         "perplexity is measured on: lower --eval_texts")
+    return found
 
 
 def run_phases(run, trainer, texts, args: Flags, config, progress) -> int:

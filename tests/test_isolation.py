@@ -1,4 +1,5 @@
 """train_ppo.py and train_dpo.py end to end: phases, figures, bitwise isolation and resumption, what is refused before work."""
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 import base_text
 import eval_run
+import isolation
 import plans
 import rl_dpo
 import rl_ppo
@@ -17,7 +19,8 @@ import train_dpo
 import train_ppo
 from adapters import adapter_tensors, attach, branch_parameters, freeze_reference, preset, reference
 from bundles import BUNDLES
-from model import load
+from data import load_tokenizer
+from model import load, resolve
 from routing import ARRANGEMENTS, SEPARATE
 from verdict import price
 
@@ -103,29 +106,25 @@ def test_gradient_flow_is_logged_by_loss_and_bundle(tmp_path):
 def test_a_stopped_and_resumed_run_ends_bitwise_like_an_unbroken_one(tmp_path, monkeypatch, script, flags):
     flags = [*flags, "--max_steps", "4", "--save_steps", "2", "--eval_every", "0", "--weight_decay", "0.1"]
     run(tmp_path / "whole", *flags, script=script)
-    algorithm, dead = SCRIPTS[script][1], [base_text.TextTrainer, 2]
-    text_step, step = base_text.TextTrainer.step, algorithm.Trainer.step
+    algorithm, dying = SCRIPTS[script][1], []
 
-    def dies_in_phase_0(self, at, *more):
-        if at == dead[1] and dead[0] is not None:
-            dead[0] = None
-            raise KeyboardInterrupt
-        return text_step(self, at, *more)
+    def mortal(step):
+        def perhaps(self, *at):
+            if dying and dying[0] == (type(self), at[0] if at else self.steps_done):
+                dying.clear()
+                raise KeyboardInterrupt
+            return step(self, *at)
+        return perhaps
 
-    def dies(self):
-        if self.steps_done == 3:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(base_text.TextTrainer, "step", dies_in_phase_0)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", *flags, script=script)
-    assert not (tmp_path / "broken" / "reference.safetensors").exists()
-    monkeypatch.setattr(algorithm.Trainer, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", *flags, "--resume", script=script)
-    monkeypatch.setattr(algorithm.Trainer, "step", step)
-    run(tmp_path / "broken", *flags, "--resume", script=script)
+    for kind in (base_text.TextTrainer, algorithm.Trainer):
+        monkeypatch.setattr(kind, "step", mortal(kind.step))
+    resume = []
+    for place in ((base_text.TextTrainer, 2), (algorithm.Trainer, 1), (algorithm.Trainer, 3)):  # phase 0, no checkpoint yet, one
+        dying.append(place)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", *flags, *resume, script=script)
+        resume = ["--resume"]
+    run(tmp_path / "broken", *flags, *resume, script=script)
     for name in ("metrics.jsonl", "adapter.safetensors", "reference.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
 
@@ -144,6 +143,21 @@ def test_other_adapters_and_stories_take_the_same_road(tmp_path, flags):
     assert again["untrained"] == verdict["modes"]["untrained"] and again["both"] == verdict["modes"]["both"]
     if "--bad_scale" in flags:
         assert {"retain_only", "deployed"} <= set(again)
+
+
+def test_no_text_that_is_learned_is_measured(tmp_path):
+    lines = [json.dumps({"text": f"line {i} tells of a cat, a dog and the number {i * i}."}) for i in range(60)]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--base_text", str(tmp_path), "--ssl_split", "test", "--eval_texts", "10", "--max_tokens", "24"]
+    _, _, args, config = train_ppo.parse(flags)
+    _, _, env, texts = isolation.build(args, config)
+    measured = env.held_out["base"]
+    assert len(measured) == 10 and texts and not {tuple(t) for t in texts} & {tuple(t) for t in measured}
+    whole = [t for text in (*measured, *texts) for t in text[1:]]
+    tokenizer = load_tokenizer(resolve("tiny"))
+    assert tokenizer.decode(whole) == "\n".join(json.loads(line)["text"] for line in lines), "each token is in one of them"
+    with pytest.raises(ValueError, match="--eval_texts"):
+        isolation.texts_to_learn(dataclasses.replace(args, eval_texts=10_000), tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["bundles", "r2", "full"])
@@ -182,7 +196,7 @@ def test_price_by_hand():
     ("ppo", ["--reward", "nowhere"], "train_reward.py"), ("ppo", ["--column", "text"], "--column"),
     ("ppo", ["--lora_config", "r8", "--routing", "dual"], "--ssl_steps 0"), ("ppo", ["--ssl_steps", "-1"], "ssl_steps"),
     ("ppo", ["--routing_frac", "0.5"], "routing_frac"),
-    ("ppo", ["--max_tokens", "4096"], "context"), ("dpo", ["--env", "stories", "--reward", "happy_count"], "pairs"),
+    ("ppo", ["--max_tokens", "4096"], "context"), ("ppo", ["--ssl_split", "test"], "--base_text"), ("dpo", ["--env", "stories", "--reward", "happy_count"], "pairs"),
     ("dpo", ["--algorithm", "rl_ppo"], "another script's"), ("dpo", ["--max_tokens", "3"], "preference pair"),
 ])  # fmt: skip
 def test_what_is_refused_before_there_is_a_folder(tmp_path, script, flags, said):
