@@ -196,7 +196,8 @@ def test_price_by_hand():
     ("ppo", ["--reward", "nowhere"], "train_reward.py"), ("ppo", ["--column", "text"], "--column"),
     ("ppo", ["--lora_config", "r8", "--routing", "dual"], "--ssl_steps 0"), ("ppo", ["--ssl_steps", "-1"], "ssl_steps"),
     ("ppo", ["--routing_frac", "0.5"], "routing_frac"),
-    ("ppo", ["--max_tokens", "4096"], "context"), ("ppo", ["--ssl_split", "test"], "--base_text"), ("dpo", ["--env", "stories", "--reward", "happy_count"], "pairs"),
+    ("ppo", ["--max_tokens", "4096"], "context"), ("ppo", ["--ssl_split", "test"], "--base_text"),
+    ("dpo", ["--env", "stories", "--reward", "happy_count"], "pairs"),
     ("dpo", ["--algorithm", "rl_ppo"], "another script's"), ("dpo", ["--max_tokens", "3"], "preference pair"),
 ])  # fmt: skip
 def test_what_is_refused_before_there_is_a_folder(tmp_path, script, flags, said):
