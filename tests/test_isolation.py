@@ -20,6 +20,7 @@ import train_ppo
 from adapters import adapter_tensors, attach, branch_parameters, freeze_reference, preset, reference
 from bundles import BUNDLES
 from data import load_tokenizer
+from hypotheses import read_hypotheses
 from model import load, resolve
 from routing import ARRANGEMENTS, SEPARATE
 from verdict import price
@@ -224,4 +225,7 @@ def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is():
             for item in planned if item.arm in ("baseline", "ssl_rl_separate")]  # fmt: skip
     assert all(config == same[0] for config in same), "the claim's arms differ in their routes alone"
     assert {"placebo", "lora", "full"} <= {arm for arm, _ in by_arm}
+    for h in read_hypotheses(file["hypotheses"]):
+        for cell in (h.of, h.against):
+            assert cell is None or (cell["arm"], cell["beta"]) in by_arm, h.name
     assert all(item.config["loss_routes"] in ("", *ARRANGEMENTS) for item in planned)
