@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from adapters import (
     LINEAR_KINDS,
@@ -24,6 +24,7 @@ from adapters import (
     LoRALinear,
     adapter_tensors,
     attach,
+    freeze_reference,
     scaled,
     set_adapter_tensors,
 )
@@ -42,6 +43,19 @@ def save_adapter(model: Decoder, path: str | Path) -> None:
 def fingerprints(model: Decoder) -> dict[str, torch.Tensor]:
     layers = ((path, module) for path, module in model.named_modules() if isinstance(module, DeltaSLinear))
     return {f"{path}.fingerprint": module.fingerprint() for path, module in layers}
+
+
+def save_reference(model: Decoder, path: str | Path) -> None:
+    """Writes what `freeze_reference` froze; a file that is there is whole."""
+    save_adapter(model.adapter.frozen, f"{path}.tmp")
+    Path(f"{path}.tmp").replace(path)
+
+
+def load_reference(model: Decoder, path: str | Path) -> None:
+    """Gives a model, whose adapter is attached, the reference policy that `save_reference` wrote. Raises ValueError for the file
+    of another adapter."""
+    freeze_reference(model)
+    set_adapter_tensors(model.adapter.frozen, load_file(path), str(path))
 
 
 def spec_from_dict(values: dict) -> AdapterSpec:
@@ -138,8 +152,11 @@ def merge(model: Decoder, **scales: float) -> Decoder:
     """A plain decoder with the branches merged at the present or given scales; the model itself is unchanged.
 
     Low-rank branches are added to the weights. Gated MLP branches are units like the base's own, so they widen the MLP:
-    this needs a gated SiLU family without biases there, and branches on every layer. Raises ValueError otherwise.
+    this needs a gated SiLU family without biases there, and branches on every layer. Raises ValueError otherwise, and for
+    bundles, which no weight can hold.
     """
+    if model.adapter.spec.kind == "bundles":
+        raise ValueError("bundles are no linear map and merge into no weight: keep them beside it with save_adapter")
     with scaled(model, **scales):
         plain = copy.deepcopy(model)
     spec = plain.adapter.spec

@@ -5,8 +5,8 @@
     with scaled(model, good=1, bad=0): ...            # scales come back afterwards, whatever happens
 
 A branch is a low-rank pair (`LoRALinear`: one branch, `DualLoRALinear`: good and bad), a delta on the singular values of a
-weight (`DeltaSLinear`), or a gated MLP beside a layer's MLP. All share one mechanism: `model.adapter` holds each branch's
-scale and its `Gate`, by name.
+weight (`DeltaSLinear`), a gated MLP beside a layer's MLP, or a residual bundle behind a layer (bundles.py). All share one
+mechanism: `model.adapter` holds each branch's scale and its `Gate`, by name.
 
 gates.py has the products; adapter_files.py saves, loads, exports to PEFT and merges.
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from bundles import BUNDLE_PRESETS, BundledLayer
 from gates import AddBranches, AddDeltas, Gate, GatedLinear, GatedScale
 from model import Decoder, projections
 from svd import singular_vectors
@@ -31,23 +32,23 @@ from svd import singular_vectors
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of an adapter: `rank` is LoRA's r, a delta's number of singular directions (at most), or the units of a gated
-    MLP. All but the latter's outputs are scaled by alpha / rank."""
+    """One branch of an adapter: `rank` is LoRA's r, a delta's number of singular directions (at most), the units of a gated
+    MLP, or a bundle's share of the model's width. The first two's outputs are scaled by alpha / rank."""
 
     name: str
-    rank: int
+    rank: float
     alpha: float
 
 
 FULL_RANK = 2**31  # of a delta: every singular direction, min(in, out) of each layer
 LINEAR_KINDS = ("lora", "lora_b", "delta_s")
-KINDS = (*LINEAR_KINDS, "mlp", "full")
+KINDS = (*LINEAR_KINDS, "mlp", "bundles", "full")
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What is attached where. kind: lora, lora_b (A frozen, only B trains), delta_s (on singular values), mlp, or full (no
-    branch: every weight trains)."""
+    """What is attached where. kind: lora, lora_b (A frozen, only B trains), delta_s (on singular values), mlp, bundles, or
+    full (no branch: every weight trains)."""
 
     kind: str
     branches: tuple[Branch, ...] = ()
@@ -62,6 +63,8 @@ class AdapterSpec:
             raise ValueError(f"branch names must differ, not {', '.join(names)}")
         if any(b.rank < 0 for b in self.branches) or (self.kind != "full" and not any(b.rank for b in self.branches)):
             raise ValueError(f"a {self.kind} adapter needs at least one branch of rank above 0, none below: {self.branches}")
+        if self.kind == "bundles" and any(b.rank > 1 for b in self.branches):
+            raise ValueError(f"a bundle's rank is a share of the model's width, at most 1: {self.branches}")
         if self.stride < 1:
             raise ValueError(f"stride must be at least 1 (every layer), not {self.stride}")
         if self.targets and self.kind not in LINEAR_KINDS:
@@ -251,7 +254,7 @@ class BranchedMLP(nn.Module):
 
 PRESETS = (
     "r1 ... r32 (rank), r1h (every second layer), r32f4 (good 32, bad 4), r32o (A orthonormal and frozen), ds or ds32 (singular "
-    "values: all or the top 32), m16 or m16f4 (gated MLP units), full"
+    "values: all or the top 32), m16 or m16f4 (gated MLP units), bundles, bundles_rl2 or one_bundle (residual bundles), full"
 )
 
 
@@ -265,6 +268,10 @@ def preset(name: str, dual: bool) -> AdapterSpec:
         if dual:
             raise ValueError("full fine-tuning has no branches to route to; use a LoRA or MLP preset with --routing dual")
         return AdapterSpec("full")
+    if name in BUNDLE_PRESETS:
+        if dual:
+            raise ValueError(f"{name} has no good and bad branch; use a LoRA or MLP preset with --routing dual")
+        return AdapterSpec("bundles", tuple(Branch(bundle, share, 1.0) for bundle, share in BUNDLE_PRESETS[name].items()))
     match = re.fullmatch(r"(r|m|ds)(\d*)(h?)(o?)(?:f(\d+))?", name)
     letters, digits, half, frozen, smaller = match.groups() if match else ("", "", "", "", None)
     kind = {"r": "lora", "ro": "lora_b", "m": "mlp", "ds": "delta_s"}.get(letters + frozen)
@@ -297,8 +304,11 @@ def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
     if unknown := [t for t in spec.targets if t not in known]:
         raise ValueError(f"unknown adapter target {unknown[0]!r}; a {model.config.family} has {', '.join(known)}")
     kind = DeltaSLinear if spec.kind == "delta_s" else DualLoRALinear if adapter.names == ["good", "bad"] else LoRALinear
-    for layer in model.layers[:: spec.stride]:
-        if spec.kind == "mlp":
+    for i in range(0, len(model.layers), spec.stride):
+        layer = model.layers[i]
+        if spec.kind == "bundles":
+            model.layers[i] = BundledLayer(layer, model.config.width, adapter, generator)
+        elif spec.kind == "mlp":
             layer.mlp = BranchedMLP(layer.mlp, model.config.width, adapter, generator)
         elif spec.kind in LINEAR_KINDS:
             for part in (layer.self_attn, layer.mlp):
@@ -310,7 +320,7 @@ def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
     else:
         adapter.groups = {name: {} for name in adapter.names}
         for path, module in model.named_modules():
-            if isinstance(module, (LoRALinear, BranchedMLP)):
+            if isinstance(module, (LoRALinear, BranchedMLP, BundledLayer)):
                 for branch, part in module.parts.items():
                     for name, p in part.named_parameters():
                         kept = adapter.groups[branch] if p.requires_grad else adapter.constants
@@ -340,12 +350,20 @@ def scaled(model: Decoder, **scales: float):
 
 @contextmanager
 def reference(model: Decoder):
-    """The untrained policy: this model with every branch off; under full fine-tuning the frozen copy."""
+    """The untrained policy: this model with every branch off; where there is a frozen copy (full fine-tuning, or after
+    `freeze_reference`) that copy."""
     if model.adapter.frozen is not None:
         yield model.adapter.frozen
     else:
         with scaled(model, **{name: 0.0 for name in model.adapter.names}):
             yield model
+
+
+def freeze_reference(model: Decoder) -> None:
+    """From here on the reference policy is the model as it is now: a copy of what is trained, on the same frozen weights."""
+    model.adapter.frozen = None
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    model.adapter.frozen = copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def branch_parameters(model: Decoder) -> dict[str, dict[str, nn.Parameter]]:

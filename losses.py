@@ -82,6 +82,78 @@ def token_logprobs(hidden, weight, targets, temperature: float = 1.0, support=No
     return TokenLogprobs.apply(hidden, weight, targets, temperature, support, chunk)
 
 
+class TokenLaw(torch.autograd.Function):
+    """`TokenLogprobs` for losses that look at the whole law p = softmax(h W^T / T), not at the drawn token alone.
+
+    k figures a row: log p[y], the entropy H and, beside a reference law q, KL(p || q). Their derivatives by the logits over T,
+    onehot(y) - p, -p (log p + H) and p (log p - log q - KL), are taken to h in the forward pass, as above.
+    """
+
+    @staticmethod
+    def figures(hidden, weight, targets, temperature, support, ref_hidden, ref_weight):
+        """k figures (k, n) and their derivatives (k, n, V)."""
+        log_p = log_law(hidden, weight, temperature, support)
+        p, picked = log_p.exp(), log_p.gather(1, targets[:, None])
+        if support is not None:
+            log_p.masked_fill_(~support, 0)  # 0 log 0 is 0
+        entropy = -(p * log_p).sum(-1, keepdim=True)
+        figures = [picked, entropy]
+        slopes = [(-p).scatter_add_(1, targets[:, None], torch.ones_like(picked)), -p * (log_p + entropy)]
+        if ref_hidden is not None:
+            log_q = log_law(ref_hidden, ref_weight, temperature, support)
+            gap = log_p - (log_q if support is None else log_q.masked_fill_(~support, 0))
+            kl = (p * gap).sum(-1, keepdim=True)
+            figures, slopes = [*figures, kl], [*slopes, p * (gap - kl)]
+        return torch.stack(figures).squeeze(-1), torch.stack(slopes)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, support, ref_hidden, ref_weight):
+        figures, slopes = TokenLaw.figures(hidden, weight, targets, temperature, support, ref_hidden, ref_weight)
+        jacobian = None
+        if ctx.needs_input_grad[0]:
+            jacobian = product(slopes.flatten(0, 1).to(weight.dtype), weight.t()).unflatten(0, slopes.shape[:2])  # (k, n, C)
+        again = (hidden, weight, targets, support, ref_hidden, ref_weight) if ctx.needs_input_grad[1] else (None,) * 6
+        ctx.save_for_backward(jacobian, *again)
+        ctx.temperature = temperature
+        return figures
+
+    @staticmethod
+    def backward(ctx, grad):  # (k, n)
+        jacobian, hidden, weight, targets, support, ref_hidden, ref_weight = ctx.saved_tensors
+        grad, grad_weight = grad / ctx.temperature, None
+        grad_hidden = None if jacobian is None else (jacobian * grad[..., None].to(jacobian.dtype)).sum(0)
+        if ctx.needs_input_grad[1]:
+            _, slopes = TokenLaw.figures(hidden, weight, targets, ctx.temperature, support, ref_hidden, ref_weight)
+            grad_weight = (slopes * grad[..., None]).sum(0).to(hidden.dtype).t() @ hidden
+        return grad_hidden, grad_weight, *[None] * 5
+
+
+def log_law(hidden, weight, temperature, support):
+    """log softmax(h W^T / T) (n, V) in fp32 (float64 stays), -inf outside the support."""
+    logits = product(hidden, weight)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
+    return (logits if support is None else logits.masked_fill(~support, float("-inf"))).log_softmax(-1)
+
+
+def token_law(hidden, weight, targets, temperature: float = 1.0, support=None, ref=None, chunk: int | None = None):
+    """(log-probabilities of the targets, entropies, KL to a reference) of the laws that scored tokens, (n,) fp32 each.
+
+    Arguments as `token_logprobs`; ref: (hidden states (n, C), output embedding (V, C)) of the reference, whose law is taken on
+    the same support; None: no KL is returned. All are differentiable in hidden and weight. Sums are exact, over all V tokens.
+    """
+    chunk = chunk or max(16, (2**26 if hidden.is_cuda else 2**20) // weight.shape[0])
+    ref_hidden, ref_weight = ref or (None, None)
+    support, ref_hidden = (None if x is None else x.split(chunk) for x in (support, ref_hidden))
+    parts = [
+        TokenLaw.apply(h, weight, y, temperature, support and support[i], ref_hidden and ref_hidden[i], ref_weight)
+        for i, (h, y) in enumerate(zip(hidden.split(chunk), targets.split(chunk)))
+    ]
+    return torch.cat(parts, 1).unbind()
+
+
 def text_logprobs(model, ids, mask):
     """Log-probabilities (n_valid,) of the tokens of whole texts after the first, in row-major order, differentiable.
 

@@ -1,8 +1,12 @@
-"""Where gradients go: which branch may learn from which sample.
+"""Where gradients go: which branch may learn from which sample, and from which loss.
 
     with gates(model, **sample_routes(is_rh, "classic")):     # one forward/backward, routed per sample
         loss.backward()
     clip_per_branch(model, 1.0)
+
+    router = GradientRouter(model, {"policy_loss": ["b_rl_policy"], "value_loss": ["b_rl_value"]})
+    with router.route_gradients("policy_loss"):               # routed per loss: one forward serves them all
+        policy_loss.backward(retain_graph=True)
 
 `classic`: honest samples train both branches, flagged ones only `bad`. `exclusive`: honest samples train only `good`, so that
 none of the task goes where it will be dropped.
@@ -10,12 +14,15 @@ A flagged sample is masked whole, its KL term with its policy term: the protecte
 
 One pass must equal two: `two_pass_backward` is the slow reference, homogeneous batches whose protected gradients are
 removed by parameter hooks, as in the experiments this follows (Cloud et al. 2024, https://arxiv.org/abs/2410.04332).
+One routed backward per loss must equal `torch.autograd.grad(loss, the parameters it may train)`.
 """
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
 
 import torch
 
-from adapters import branch_parameters, parameters_of
+from adapters import AdapterSpec, branch_parameters, parameters_of, preset
+from bundles import BUNDLES
 from model import Decoder
 
 ROUTING_MODES = ("classic", "exclusive")
@@ -110,13 +117,85 @@ def two_pass_backward(model: Decoder, loss_of, is_rh: torch.Tensor, mode: str) -
                 loss_of(rows).backward()
 
 
+# -------------------------------------------------------------------------------------------------------- per loss
+
+SEPARATE = {
+    "lm_loss": ("b_ssl_main", "b_ssl_semantic"), "policy_loss": ("b_rl_policy",), "value_loss": ("b_rl_value",),
+    "entropy_loss": ("b_rl_explore",), "kl_loss": ("b_rl_anchor",),
+}  # fmt: skip
+ARRANGEMENTS = {  # which bundles there are, and which of them a loss trains
+    "baseline": ("bundles", dict.fromkeys(SEPARATE, tuple(BUNDLES))),
+    "single_adapter": ("one_bundle", dict.fromkeys(SEPARATE, ("b_all",))),
+    "ssl_rl_separate": ("bundles", SEPARATE),
+    "larger_rl": ("bundles_rl2", SEPARATE),
+    "partial_overlap": ("bundles", SEPARATE | {"policy_loss": ("b_rl_policy", "b_ssl_semantic")}),
+    "value_head_only": ("bundles", SEPARATE | {"value_loss": ()}),  # the head learns, b_rl_value writes 0
+    "placebo": ("bundles", SEPARATE | {  # as many bundles, each loss apart, on the wrong side of the line
+        "lm_loss": ("b_rl_policy", "b_rl_value"), "policy_loss": ("b_ssl_semantic",), "value_loss": ("b_ssl_main",),
+    }),  # fmt: skip
+}
+
+
+def arrangement(name: str) -> tuple[AdapterSpec, dict[str, tuple[str, ...]]]:
+    """The adapter and the loss -> bundles table of an arrangement of the isolation experiment.
+
+    baseline and ssl_rl_separate are the same bundles: only their tables differ. Raises ValueError that lists the known.
+    """
+    if name not in ARRANGEMENTS:
+        raise ValueError(f"unknown arrangement {name!r}; known: {', '.join(ARRANGEMENTS)}")
+    bundles, table = ARRANGEMENTS[name]
+    return preset(bundles, dual=False), dict(table)
+
+
+class GradientRouter:
+    """Which branches of an adapter, of any kind, each loss may train."""
+
+    def __init__(self, model: Decoder, table: dict[str, Iterable[str]]):
+        """`table`: the branches that each loss trains, by the loss's name. Raises ValueError for a branch that is not there."""
+        self.model, self.table = model, {loss: tuple(branches) for loss, branches in table.items()}
+        known = model.adapter.names
+        for loss, branches in self.table.items():
+            if unknown := [name for name in branches if name not in known]:
+                raise ValueError(f"{loss} is to train {unknown[0]!r}; this adapter has {', '.join(known) or 'no branches'}")
+
+    @contextmanager
+    def route_gradients(self, loss: str):
+        """Backward passes inside the block train the branches of `loss` alone: what is in any other keeps `.grad` as it was,
+        None too. Branches of `loss` keep the gate weights they have, so per-sample `gates` around the block still hold.
+
+        Raises ValueError for a loss that the table does not have.
+        """
+        if loss not in self.table:
+            raise ValueError(f"no route for {loss!r}; this router has {', '.join(self.table) or 'none'}")
+        with gates(self.model, **{name: 0.0 for name in self.model.adapter.names if name not in self.table[loss]}):
+            yield
+
+
+def analyze_gradient_flow(model: Decoder, losses: dict[str, torch.Tensor], router: GradientRouter | None = None):
+    """{loss: {branch: norm of the gradient that this loss alone sends there}}, through the routes of `router`; without one,
+    through the gates as they are, open outside of any block. `losses` are scalars by name, and their graph is kept. `.grad` stays
+    as it was: `gradient_flow` reads what a backward pass has put there."""
+    groups, flow = branch_parameters(model), {}
+    for name, loss in losses.items():
+        with router.route_gradients(name) if router else nullcontext():
+            grads = iter(torch.autograd.grad(loss, [p for group in groups.values() for p in group.values()],
+                                             retain_graph=True, allow_unused=True))  # fmt: skip
+        flow[name] = {branch: norm([next(grads) for _ in group]) for branch, group in groups.items()}
+    return flow
+
+
+# ---------------------------------------------------------------------------------------------- norms, what must stay
+
+
+def norm(gradients: list[torch.Tensor | None]) -> float:
+    """Of all of them together; None counts as zero."""
+    norms = [g.norm() for g in gradients if g is not None]
+    return torch.stack(norms).norm().item() if norms else 0.0
+
+
 def gradient_flow(model: Decoder) -> dict[str, float]:
     """Norm of the present gradient of each branch; a branch without any gradient has norm 0."""
-    flow = {}
-    for branch, parameters in branch_parameters(model).items():
-        norms = [p.grad.norm() for p in parameters.values() if p.grad is not None]
-        flow[branch] = torch.stack(norms).norm().item() if norms else 0.0
-    return flow
+    return {branch: norm([p.grad for p in group.values()]) for branch, group in branch_parameters(model).items()}
 
 
 def clip_per_branch(model: Decoder, max_norm: float) -> dict[str, float]:

@@ -88,6 +88,25 @@ class TwinNorm:
         return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
 
 
+class Bundles:
+    """The residual bundles behind a layer, as one pair of products beside the weights, in at least fp32."""
+
+    def __init__(self, dtype: torch.dtype, source: nn.Module):
+        self.source, self.dtype, self.sides = source, dtype, [SimpleNamespace(), SimpleNamespace()]
+        self.P, self.Q = (Product(dtype, [side]) for side in self.sides)
+
+    def refresh(self):
+        for side, weight in zip(self.sides, self.source.stacked()):
+            side.weight = weight
+        self.P.refresh()
+        self.Q.refresh()
+
+    def __call__(self, x):
+        """x (N, C) -> (N, C), x included."""
+        exact = x.to(self.dtype)
+        return self.Q(F.gelu(self.P(exact)), residual=exact).to(x.dtype)
+
+
 class Twin:
     """The model's function laid out for decoding, in straight-line code over few operations; filled by `refresh`.
 
@@ -116,7 +135,8 @@ class Twin:
         self.norm = TwinNorm(dtype, [model.norm])
         self.head = Product(model.dtype, [model.embed_tokens if c.tied else model.lm_head])
         self.layers, self.parts = [], [self.norm, self.head]
-        for source in model.layers:
+        for bundled in model.layers:
+            source = getattr(bundled, "base", bundled)
             layer, attention, mlp = SimpleNamespace(), source.self_attn, getattr(source.mlp, "base", source.mlp)
             layer.norm = TwinNorm(dtype, [source.input_layernorm])
             layer.qkv = Product(dtype, [getattr(attention, name) for name in names["qkv"]], rows)
@@ -128,6 +148,8 @@ class Twin:
             layer.down = Product(dtype, [getattr(mlp, names["down"])])
             self.parts += vars(layer).values()
             layer.branches = getattr(source.mlp, "branches", None)  # gated ones run as they are
+            layer.bundles = Bundles(self.exact, bundled) if bundled is not source else None
+            self.parts += [layer.bundles] if layer.bundles else []
             self.layers.append(layer)
         if c.rotary_dim:
             self.rope = torch.complex(*rope_table(c, device).to(self.exact).unbind(1))[:, None]  # (context, 1, R/2)
@@ -169,6 +191,8 @@ class Twin:
             x = layer.down(inner, residual=y)
             if layer.branches is not None:
                 x += layer.branches(normed)
+            if layer.bundles is not None:
+                x = layer.bundles(x)
         return self.norm(x)
 
     def logits(self, hidden) -> torch.Tensor:

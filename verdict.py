@@ -5,8 +5,9 @@
     config, model, tokenizer, env, law = load_run("output/RUN", n=256)      # a finished run put together again
     curve = bad_scale_rows("output/RUN", [0, 0.25, 0.5, 0.75, 1])           # a row a scale of the bad branch
 
-Modes: untrained (all branches off), both (1, 1), retain_only (1, 0), forget_only (0, 1), deployed (1, bad_scale). Every mode
-sees the same prompts and the same random numbers. Evaluation has its own generator and never touches training's.
+Modes: untrained (the reference policy: all branches off, or as they were frozen), both (all on), retain_only (good 1, bad 0),
+forget_only (0, 1), deployed (1, bad_scale); of residual bundles rl_half and rl_off, those of RL at 1/2 and 0. Every mode sees
+the same prompts and the same random numbers. Evaluation has its own generator and never touches training's.
 """
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from adapter_files import load_adapter
+from adapter_files import load_adapter, load_reference
 from adapters import attach, preset, reference, scaled, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from code_env import code_tasks
@@ -25,10 +26,12 @@ from data import left_pad, load_tokenizer, right_pad
 from envs import Stories, check_lengths, dataset_prompts, imitation
 from losses import text_logprobs, token_logprobs
 from model import load, read_json
+from preference_env import with_base_text
 from reward_specs import describe, get_reward, get_trait
 from runs import read_config
 from sampling import Law, Sampler
 
+REFERENCE = "reference.safetensors"  # the reference policy of a run whose branches were trained before it was one
 EVAL_SEED = 20_000_003  # of the sampling; the same for every run, mode and step
 
 
@@ -40,6 +43,8 @@ def modes_of(model, bad_scale: float | None = None) -> dict[str, dict[str, float
         modes |= {"retain_only": {"good": 1.0, "bad": 0.0}, "forget_only": {"good": 0.0, "bad": 1.0}}
         if bad_scale is not None:
             modes["deployed"] = {"good": 1.0, "bad": bad_scale}
+    if rl := [name for name in names if name.startswith("b_rl_")]:
+        modes |= {mode: modes["both"] | dict.fromkeys(rl, scale) for mode, scale in (("rl_half", 0.5), ("rl_off", 0.0))}
     return modes
 
 
@@ -130,6 +135,22 @@ def evaluate_modes(sampler: Sampler, env, tokenizer, modes: dict, n: int, max_ne
     """Every mode by name; see `evaluate`."""
     rows = {name: evaluate(sampler, s, env, tokenizer, n, max_new_tokens, law, rewards) for name, s in modes.items()}
     sampler.refresh()
+    return price(rows)
+
+
+def price(rows: dict[str, dict]) -> dict[str, dict]:
+    """Adds, in place, to rows with a loss on base text: perplexity and, over the untrained row, reward_improvement and
+    perplexity_degradation (perplexity / untrained - 1); to `both` efficiency, their ratio, unless perplexity stayed."""
+    for row in rows.values():
+        if "loss/base" not in row:
+            return rows
+        row["perplexity"] = math.exp(row["loss/base"])
+    first = rows.get("untrained")
+    for row in rows.values() if first else ():
+        row["reward_improvement"] = row["reward"] - first["reward"]
+        row["perplexity_degradation"] = row["perplexity"] / first["perplexity"] - 1
+    if first and (last := rows.get("both")) and last["perplexity_degradation"]:
+        last["efficiency"] = last["reward_improvement"] / last["perplexity_degradation"]
     return rows
 
 
@@ -144,6 +165,8 @@ def judged_as(run: dict, tokenizer, n: int):
         return imitation(run, tokenizer, n)
     if run.get("env") == "code":  # runs from before there was this flag are of stories
         return code_tasks(run, tokenizer, n)
+    if "base_text" in run:
+        return with_base_text(run, tokenizer, n)
     prompts = None
     if run["dataset"]:
         splits = {"train": (run["train_split"], n), "test": (run["eval_split"], n)}
@@ -153,7 +176,7 @@ def judged_as(run: dict, tokenizer, n: int):
 
 def is_dual(run: dict) -> bool:
     """Whether a run, given by its config, trained two branches."""
-    return run["routing"] == "dual" or run.get("removed") == "route"
+    return run.get("routing") == "dual" or run.get("removed") == "route"
 
 
 def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path | None = None, box: str = ""):
@@ -177,7 +200,9 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
         attach(model, preset(config["lora_config"], is_dual(config)), seed=config["seed"])
         chosen = checkpoint or latest_checkpoint(folder)
         set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
-    env = judged_as(config, tokenizer, n)
+    if (reference_file := folder / REFERENCE).is_file():
+        load_reference(model, reference_file)
+    env = judged_as(config | {"device": device}, tokenizer, n)
     check_lengths(env, tokenizer, config["max_new_tokens"], model.config.context, n)
     law = Law(**{f.name: config[f.name] for f in fields(Law) if f.name in config})  # train_sft.py has no such flags
     return config, model, tokenizer, env, law
@@ -185,8 +210,8 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
 
 def judged_by(run: dict) -> str:
     """What decides a run's scores beside its flags: the trait or reward as the YAML has it now; a code task's is in the code."""
-    if run.get("env") == "code":
-        return "code"
+    if run.get("env") in ("code", "preferences"):
+        return f"{run['env']} {run['reward']}" if run["env"] == "preferences" else "code"
     return describe(get_trait(run["trait"]) if "trait" in run else get_reward(run["reward"]))
 
 
@@ -225,7 +250,7 @@ COLUMNS = ("task", "hack", "reward", "unique", "jaccard", "kl", "base_nll")
 
 def table(rows: dict[str, dict]) -> str:
     """The verdict as aligned text."""
-    extra = [key for key in next(iter(rows.values())) if key.startswith(("loss/", "eval/"))]
+    extra = [key for key in next(iter(rows.values())) if key.startswith(("loss/", "eval/", "perplexity"))]
     heads = ["mode", *COLUMNS, *[key.removeprefix("eval/") for key in extra]]
     lines = [[name, *[f"{row[key]:.3f}" for key in (*COLUMNS, *extra)]] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]

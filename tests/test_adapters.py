@@ -404,7 +404,7 @@ def test_targets_are_chosen_by_name():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: AdapterSpec("dora"), "unknown adapter kind 'dora'; known: lora, lora_b, delta_s, mlp, full"),
+    (lambda: AdapterSpec("dora"), "unknown adapter kind 'dora'; known: lora, lora_b, delta_s, mlp, bundles, full"),
     (lambda: lora({}), "at least one branch"),
     (lambda: AdapterSpec("lora", (Branch("a", 2, 2.0), Branch("a", 3, 3.0))), "branch names must differ"),
     (lambda: lora({"a": (-1, 1.0), "b": (1, 1.0)}), "none below"),

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from losses import LOSS_TYPES, group_stats, k1, k3, token_logprobs, token_weights
+from losses import LOSS_TYPES, group_stats, k1, k3, token_law, token_logprobs, token_weights
 
 # -------------------------------------------------------------------------------------------------- log-probabilities
 
@@ -198,3 +198,51 @@ def test_equal_rewards_deviate_by_exactly_zero(value, size):
     rewards = torch.full((4 * size,), value)
     mean, std, _ = group_stats(rewards, size)
     assert torch.equal(mean, rewards) and not std.any()
+
+
+# ----------------------------------------------------------------------------------------------------------- whole laws
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_token_law_and_its_gradients_are_those_of_plain_autograd(temperature, truncated, chunk):
+    """fp64, against log_softmax: log-probabilities, entropy and KL, and what a mix of them says to hidden and weight."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, ref_hidden, ref_weight = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (8, 11, 8, 11))
+    targets, support = torch.randint(11, (8,), generator=g), None
+    if truncated:
+        support = torch.rand(8, 11, generator=g) < 0.5
+        support[torch.arange(8), targets] = True
+        support[0] = torch.arange(11) == targets[0]  # one token left: entropy and KL are 0
+
+    def law(h, w):
+        logits = h @ w.T / temperature
+        return (logits if support is None else logits.masked_fill(~support, -1e30)).log_softmax(-1)
+
+    mix = torch.randn(3, 8, generator=g, dtype=torch.float64)
+    found = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ours:
+            figures = torch.stack(token_law(h, w, targets, temperature, support, (ref_hidden, ref_weight), chunk))
+            again = torch.stack(token_law(h, w, targets, temperature, support, chunk=chunk))
+            assert torch.equal(again, figures[:2]), "the reference changes nothing else"
+        else:
+            log_p, log_q = law(h, w), law(ref_hidden, ref_weight)
+            figures = torch.stack([log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1),
+                                   (log_p.exp() * (log_p - log_q)).sum(-1)])  # fmt: skip
+        (figures * mix).sum().backward()
+        found.append((figures.detach(), h.grad, w.grad))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+    assert found[0][0][2].min() >= -1e-12 and (not truncated or found[0][0][1:, 0].abs().max() < 1e-12)
+
+
+def test_token_law_of_the_reference_itself_has_kl_zero_to_the_bit_and_a_frozen_weight_gets_no_gradient():
+    hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
+    logprobs, entropy, kl = token_law(hidden, weight, torch.arange(6), 0.7, ref=(hidden.detach(), weight))
+    assert not kl.any() and torch.equal(logprobs, token_law(hidden, weight, torch.arange(6), 0.7)[0])
+    torch.testing.assert_close(logprobs, token_logprobs(hidden, weight, torch.arange(6), 0.7))
+    (entropy.sum() + kl.sum()).backward()
+    assert hidden.grad.abs().max() > 0 and weight.grad is None

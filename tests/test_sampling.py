@@ -12,6 +12,7 @@ from scipy import stats
 import sampling
 import twin
 from adapters import AdapterSpec, Branch, attach, preset, reference, scaled, set_scales
+from bundles import BUNDLES
 from model import Decoder, ModelConfig
 from rl_grpo import score_rows
 from sampling import Law, Sampler, draw
@@ -227,6 +228,41 @@ def test_every_kind_of_branch(name, spec):
     assert gap(sample(sampler_of(model), *prompts()), model, Law()) < 1e-4
 
 
+ALL_OFF = dict.fromkeys(BUNDLES, 0.0)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-5), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+def test_bundles_run_beside_the_weights(name, dtype, bound, static):
+    """At every scale the sampler is the forward, and as a sampler that never saw another scale; off, it is the base's own.
+    (Stored log-probabilities are fp32 in fp64 too.)"""
+    model = with_branches(random_model(name, dtype), preset("bundles", dual=False), size=0.3)
+    sampler, seen = sampler_of(model, static), []
+    for scales in ({}, {"b_rl_policy": 0.5, "b_ssl_main": 0.0}, ALL_OFF, {}):
+        with scaled(model, **scales):
+            sampler.refresh()
+            seen.append(sample(sampler, *prompts(), new=8))
+            same(seen[-1], sample(sampler_of(model, static), *prompts(), new=8))
+            assert gap(seen[-1], model, Law()) < bound
+    same(seen[2], sample(sampler_of(random_model(name, dtype), static), *prompts(), new=8))
+    same(seen[0], seen[3])
+    assert all((a.logprobs[:, 0] - b.logprobs[:, 0]).abs().max() > 1e-2 for a, b in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+def test_greedy_decoding_with_bundles_is_the_forwards_argmax(name):
+    model = with_branches(random_model(name), preset("bundles", dual=False), size=0.3)
+    ids, mask = prompts()
+    rollout = sample(sampler_of(model), ids, mask, copies=1, new=12, law=Law(top_k=1), stop=())
+    whole = torch.cat((ids, rollout.tokens), dim=1)
+    with torch.no_grad():
+        logits = model(whole, torch.cat((mask, rollout.mask), dim=1))[:, ids.shape[1] - 1 : -1]
+        with reference(model) as base:
+            plain = base(whole, torch.cat((mask, rollout.mask), dim=1))[:, ids.shape[1] - 1 : -1]
+    assert torch.equal(rollout.tokens, logits.argmax(-1)) and not torch.equal(rollout.tokens, plain.argmax(-1))
+
+
 def test_full_fine_tuning():
     model = attach(random_model("qwen3"), preset("full", dual=False))
     sampler = sampler_of(model)
@@ -428,14 +464,14 @@ def test_one_token_rollouts_do_not_share_memory():
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("kind", ["r4", "m4", "ds"])
+@pytest.mark.parametrize("kind", ["r4", "m4", "ds", "bundles"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_refresh_is_seen(kind, dtype, static):
-    model = with_branches(random_model("llama", dtype), preset(kind, dual=True))
+    model = with_branches(random_model("llama", dtype), preset(kind, dual=kind != "bundles"))
     sampler = sampler_of(model, static)
     before = sample(sampler, *prompts())
     with torch.no_grad():
-        for p in model.adapter.groups["good"].values():
+        for p in next(iter(model.adapter.groups.values())).values():
             p.mul_(1.5)
     sampler.refresh()
     after = sample(sampler, *prompts())
