@@ -50,7 +50,7 @@ def moved(folder) -> set[str]:
 def test_a_run_keeps_what_routing_protects_and_eval_run_judges_it_again(tmp_path, script):
     folder = tmp_path / "run"
     verdict = run(folder, "--loss_routes", "ssl_rl_separate", "--weight_decay", "0.1", script=script)
-    assert list(verdict["modes"]) == ["untrained", "both", "rl_half", "rl_off"]
+    assert list(verdict["modes"]) == ["untrained", "both", "rl_half", "rl_off", "value_off"]
     routed = {"policy_loss"} if script == "dpo" else set(rl_ppo.LOSSES)
     assert moved(folder) == {name for loss in routed for name in SEPARATE[loss]}
     taught = [float(t.abs().max()) for name, t in load_file(folder / "reference.safetensors").items() if name.endswith(".Q")]
