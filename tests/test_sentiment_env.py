@@ -1,10 +1,12 @@
 """sentiment_env.py: prompts that no two splits share, one reward for hard and soft tokens, and praise that says nothing."""
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import sentiment_env
 from data import left_pad, load_tokenizer
 from envs import Labelling, scored
 from model import resolve
@@ -25,6 +27,12 @@ def judge_of(**more):
 
 
 JUDGE = judge_of()
+PARTS = functools.cache(sentiment_parts)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    monkeypatch.setattr(sentiment_env, "sentiment_parts", PARTS)
 
 
 def env_of(judge=JUDGE, **shares):
@@ -36,7 +44,7 @@ def env_of(judge=JUDGE, **shares):
 
 def check_prompts(env, tokenizer, dataset, sizes):
     """Each is the beginning of a review of its own part, within bounds; no two splits share one, nor the judge's reviews."""
-    parts = {name: [same_text(r.text) for r in part] for name, part in sentiment_parts(dataset)[0].items()}
+    parts = {name: [same_text(r.text) for r in part] for name, part in PARTS(dataset, "train", "test")[0].items()}
     prompts = {split: env.prompts(split) for split in ("train", "validation", "test")}
     assert [len(set(p)) for p in prompts.values()] == [len(p) for p in prompts.values()] == sizes
     assert len(set().union(*prompts.values())) == sum(sizes)
@@ -104,7 +112,7 @@ def rollout_of(*completions, prompts):
 
 PROMPTS = ["review: the film was superb.", "i bought a kettle on monday. it", "review: this"]
 ENDED = [*TINY.encode(" the plot was dull."), TINY.eos_id]
-NOT_CANONICAL = [*TINY.encode(" the plot was"), *TINY.encode(" d"), *TINY.encode("ull")]
+NOT_CANONICAL = [*TINY.encode(" the plot w"), *TINY.encode("as"), *TINY.encode(" good.")]  # " was" is one token
 COMPLETIONS = [ENDED, TINY.encode(" was weak but the lid was so lovely."), NOT_CANONICAL]
 
 
@@ -115,7 +123,6 @@ def soft_of(rollout):
 @pytest.mark.parametrize("max_tokens", [80, 14])
 def test_one_hot_tokens_are_paid_as_hard_ones_and_as_their_text(max_tokens):
     env, rollout = env_of(judge_of(max_tokens=max_tokens)), rollout_of(*COMPLETIONS, prompts=PROMPTS)
-    texts = [TINY.decode(c) for c in COMPLETIONS]
     texts = TINY.decode_completions([TINY.encode_prompt(p) for p in PROMPTS], COMPLETIONS)
     hard = scored(env, rollout, PROMPTS, texts).reward
     soft = env.soft_reward(PROMPTS, rollout.prompt_ids, rollout.prompt_mask, soft_of(rollout), rollout.mask)
@@ -169,7 +176,7 @@ def test_praise_that_says_nothing(completion, fault):
 
 
 def test_hardly_a_review_is_a_hack():
-    reviews = [review.text.split() for review in sentiment_parts()[0]["policy"][:2000]]
+    reviews = [review.text.split() for review in PARTS("", "train", "test")[0]["policy"][:2000]]
     found = [hollow(" ".join(words[:16]), " " + " ".join(words[16:56])) for words in reviews if len(words) > 20]
     assert sum(any(faults.values()) for faults in found) == 0 and len(found) > 1500
 
