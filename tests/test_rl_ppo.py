@@ -318,7 +318,7 @@ def test_one_routed_pass_is_the_two_pass_reference(mode):
 
 
 def test_losses_are_routed_one_by_one():
-    """`backward` under a router: every bundle gets torch.autograd.grad of the losses that may train it, and no other's."""
+    """Under a router every bundle gets torch.autograd.grad of the losses that may train it, and of no other."""
     model = small("bundles", warm=0.3)
     rollout, head = roll(model), head_of(model, warm=0.3)
     config = Config(kl_in="loss", max_new_tokens=5, loss_routes="ssl_rl_separate")
@@ -332,7 +332,7 @@ def test_losses_are_routed_one_by_one():
             losses[loss].backward()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rl_ppo, "backward", only)
+            patch.setattr(routing, "backward", only)
             gradients(model, head, rollout, seen, rows, {}, None, config)
         alone[loss] = grads(model, head)
         clear(model, head)
