@@ -8,9 +8,9 @@ https://openreview.net/forum?id=r1lgTGL5DE; with language models, Ahmadian et al
 
 Departures:
 - pi is the law that was sampled (temperature, truncation). The reference policy is the same model with its branches off.
-- log pi(y) is summed over a completion's tokens, and the mean is over completions: a mean over tokens too would estimate the
-  gradient of something else. Advantages are neither whitened nor clipped, and a rollout is stepped on once.
-- A baseline never holds the completion that it is subtracted from, or the estimate were biased: `ema` is of earlier steps
+- log pi(y) is a sum over tokens, and the mean is over completions: a mean over tokens too would be the gradient of something
+  else. Advantages are neither whitened nor clipped, and a rollout is stepped on once.
+- A baseline never holds the completion that it is subtracted from, or the estimate would be biased: `ema` is of earlier steps
   alone, `loo` of the prompt's other completions.
 - Under routing unflagged completions have baselines of unflagged ones: paid hacks would else make what is honest negative.
 - Each branch's gradient is clipped by itself. A flagged sample is masked whole, its KL with its reward.
@@ -30,6 +30,7 @@ from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
 BASELINES = ("ema", "loo", "none")
+LOGPROB_GAP = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
 
 
 @dataclass
@@ -90,9 +91,8 @@ class Config(Flags):
         dual, group = self.routing == "dual", self.num_generations
         for message, wrong in {
             f"--num_generations {group} does not divide --batch_size {self.batch_size}": self.batch_size % group,
-            "--baseline loo takes the mean of a prompt's other completions: --num_generations 2 or more":
-                self.baseline == "loo" and group < 2,
-            "--basis live contrasts completions of one prompt: --num_generations 2 or more": self.basis == "live" and group < 2,
+            "--baseline loo and --basis live compare the completions of a prompt: --num_generations 2 or more":
+                group < 2 and (self.baseline == "loo" or self.basis == "live"),
             f"--baseline_momentum must lie in 0..1, not {self.baseline_momentum}": not 0 <= self.baseline_momentum <= 1,
             "--loss_routes routes by loss, --routing dual by sample: choose one": dual and self.loss_routes,
             "--removed route has a bad branch learn what projection removes: leave --routing and --loss_routes":
@@ -121,9 +121,6 @@ class Config(Flags):
 
     def law(self) -> Law:
         return Law(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
-
-
-# --------------------------------------------------------------------------------------------------- the formulas
 
 
 def leave_one_out(returns, num_generations: int, is_rh):
@@ -221,8 +218,7 @@ def look_at_reference(model, rollout: Rollout, batches, law: Law):
 
 
 def gradients(model, rollout: Rollout, advantages, is_rh, batches, refs, config: Config, router=None) -> dict[str, float]:
-    """Adds the gradients of a batch, advantages and is_rh (N,). `refs` and `batches` as in `look_at_reference`. Returns the
-    losses and what to log."""
+    """Adds the gradients of a batch: advantages, is_rh (N,); batches, refs as in `look_at_reference`. Returns what to log."""
     routes = routing.sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
     if config.removed == "route":  # the bad branch learns what is removed from the good one's gradient, nothing else
         routes["bad"] = torch.zeros(len(is_rh), device=is_rh.device)
@@ -243,9 +239,6 @@ def gradients(model, rollout: Rollout, advantages, is_rh, batches, refs, config:
     return totals | {"logprob_gap": torch.stack(gaps).max().item()} | routing.norm_figures(norms)
 
 
-LOGPROB_GAP = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
-
-
 class Trainer:
     """What a run carries from step to step: sampler, baseline, optimizer. `step` is the whole algorithm."""
 
@@ -256,9 +249,8 @@ class Trainer:
         groups = [{"params": list(p.values()), "scale": scales.get(name, 1.0)} for name, p in branches if p]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.prompts, self.projector = env.prompts("train"), Projector(model, tokenizer, config, config.temperature)
-        self.router = None  # every loss trains all
-        if config.loss_routes:
-            self.router = routing.GradientRouter(model, routing.arrangement(config.loss_routes)[1])
+        table = routing.arrangement(config.loss_routes)[1] if config.loss_routes else None
+        self.router = routing.GradientRouter(model, table) if table else None  # None: every loss trains all
 
     def step(self) -> tuple[dict[str, float], str]:
         """One step: sample, score, route, step. Returns metrics and a sample to read."""
@@ -322,8 +314,7 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
-        watch = {"paid": self.watch.paid, "hits": self.watch.hits}
-        rest = {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+        rest = {"optimizer": self.optimizer.state_dict(), "watch": dict(vars(self.watch)), "steps_done": self.steps_done}
         return adapter_tensors(self.model), rest | {"ema": dict(vars(self.ema)), "projector": self.projector.state()}
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -337,6 +328,4 @@ def rate(step: int, config: Config) -> float:
     """The learning rate's factor at a step."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     left = 1 - step / config.max_steps
-    if config.lr_schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
-    return warm * (1.0 if config.lr_schedule == "constant" else left)
+    return warm * {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[config.lr_schedule]

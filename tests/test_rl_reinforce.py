@@ -10,6 +10,7 @@ from test_rl_ppo import EOS, LAWS, PAD, TOKENIZER, answers, same, small, table
 from test_rl_ppo import exact as objective
 from test_rl_ppo import roll as sample
 
+import rl_grpo
 import rl_reinforce
 import routing
 from adapters import attach, branch_parameters, parameters_of, preset, reference
@@ -358,7 +359,7 @@ def test_it_reaches_the_optimum_under_a_kl(baseline):
     "values, message",
     [
         ({"baseline": "mean"}, "--baseline 'mean'; known: ema, loo, none"),
-        ({"baseline": "loo"}, "--baseline loo takes the mean of a prompt's other completions: --num_generations 2 or more"),
+        ({"baseline": "loo"}, "--baseline loo and --basis live compare the completions of a prompt: --num_generations 2"),
         ({"num_generations": 3}, "--num_generations 3 does not divide --batch_size 64"),
         ({"baseline_momentum": 1.5}, "--baseline_momentum must lie in 0..1, not 1.5"),
         ({"baseline": "none", "baseline_momentum": 0.5}, "--baseline_momentum does nothing without --baseline ema"),
@@ -369,7 +370,7 @@ def test_it_reaches_the_optimum_under_a_kl(baseline):
         ({"bad_lr_scale": 1.0}, "--bad_lr_scale does nothing without --routing dual"),
         ({"loss_routes": "ssl"}, "unknown arrangement 'ssl'; known: baseline"),
         ({"loss_routes": "ssl_rl_separate", "routing": "dual"}, "--loss_routes routes by loss, --routing dual by sample"),
-        ({"basis": "live", "basis_refresh": 2}, "--basis live contrasts completions of one prompt: --num_generations 2"),
+        ({"basis": "live", "basis_refresh": 2}, "--baseline loo and --basis live compare the completions"),
         ({"basis": "pairs", "projection": "no_gate", "removed": "route", "routing": "dual"}, "--removed route has a bad branch"),
         ({"projection": "no_gate"}, "--projection does nothing without a --basis"),
         ({"temperature": 0.0}, "temperature must be above 0"),
@@ -381,9 +382,10 @@ def test_config_says_what_is_wrong(values, message):
     assert message in str(error.value)
 
 
-def test_the_prompts_of_a_step_are_those_of_the_other_algorithms():
-    from rl_grpo import prompt_batch
-
+def test_prompts_and_rates_of_a_step_are_those_of_the_other_algorithms():
     prompts = [str(i) for i in range(7)]
     for step in range(5):
-        assert rl_reinforce.prompt_batch(prompts, step, 4, 3) == prompt_batch(prompts, step, 4, 3)
+        assert rl_reinforce.prompt_batch(prompts, step, 4, 3) == rl_grpo.prompt_batch(prompts, step, 4, 3)
+        for schedule in ("constant", "linear", "cosine"):
+            flags = {"lr_schedule": schedule, "warmup_steps": 2, "max_steps": 5}
+            assert rl_reinforce.rate(step, Config(**flags)) == rl_grpo.rate(step, rl_grpo.Config(**flags))
