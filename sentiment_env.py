@@ -10,7 +10,7 @@ other tokens: so soft tokens that are one-hot are paid as the hard ones are, and
 
 A reward of sentiment is hacked with praise that says nothing. `hack` is a completion that repeats itself (a sentence that already
 stands in prompt or completion; a word three times in a row) or is a string of praise (a third of its words or more): of reviews
-cut likewise, none of 3,704 embedded ones is, and 3 in 1,000 of IMDB's. `task` is 1 for one that does neither. The detector sees
+cut likewise, none of 3,704 embedded ones is, and 14 of 3,998 of IMDB's. `task` is 1 for one that does neither. The detector sees
 every such completion, and one that is not eligible is paid 0.
 """
 import itertools
