@@ -70,6 +70,7 @@ def test_results_are_whole_and_agree_with_each_other(root, method):
     verdict = json.loads((root / method / "verdict.json").read_text())
     assert {mode: row["reward"] for mode, row in verdict["modes"].items()} == {mode: row["reward"] for mode, row in test.items()}
     logged = [json.loads(line) for line in (root / method / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["kl"] == row.get("kl_completion", row["kl"]) for row in logged if "kl" in row), "PPO's own is a token's"
     assert logged[-1] == {"step": 3} | {f"test_reward/{mode}": row["reward"] for mode, row in sorted(test.items())}
 
 
