@@ -280,13 +280,15 @@ def test_labels_are_of_the_tokens_that_are_trained_on(estimator, monkeypatch):
     gates, soft_rollout = routing.gates, rl_gumbel.soft_rollout
 
     def spy(*args):
-        seen.append((torch.is_grad_enabled(), soft_rollout(*args)))
+        seen.append((torch.is_grad_enabled(), soft_rollout(*args), args[-1]))
         return seen[-1][1]
 
     monkeypatch.setattr(rl_gumbel, "soft_rollout", spy)
     monkeypatch.setattr(routing, "gates", lambda model, **w: routed.append(w["bad"].bool().tolist()) or gates(model, **w))
     metrics, _ = trainer.step()
-    ahead, trained = ([r for grad, r in seen if grad == wanted] for wanted in (False, True))
+    ahead, trained = ([r for grad, r, _ in seen if grad == wanted] for wanted in (False, True))
+    forced = [tokens for *_, tokens in seen]
+    assert forced[:2] == [None, None] and all(torch.equal(r.tokens, tokens) for r, tokens in zip(ahead, forced[2:]))
     assert len(ahead) == len(trained) == 2 and not ahead[0].soft.requires_grad and 0 < metrics["flagged"] < 1
     for a, b in zip(ahead, trained):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.mask, b.mask)

@@ -215,14 +215,15 @@ def test_ends_by_hand():
 
 def test_tokens_end_where_the_largest_entry_says(monkeypatch):
     for hard in (False, True):
-        r = roll(policy(head=0.5), tau=2.0, length=5, hard=hard)
+        r = roll(policy(), (2, 3) * 6, tau=2.0, length=6, hard=hard)
         first = [(row.tolist() + [EOS]).index(EOS) for row in r.tokens]
         assert r.mask.sum(1).tolist() == [min(n + 1, r.mask.shape[1]) for n in first]
         assert r.finished.any() and not r.finished.all()
         assert torch.equal(r.soft.argmax(-1)[r.mask], r.tokens[r.mask])
     calls, original = [], room.gumbel
     monkeypatch.setattr(room, "gumbel", lambda *args: calls.append(1) or original(*args))
-    assert roll(policy(), (2, 2), tokens=torch.full((2, 40), EOS)).mask.shape == (2, 1) and len(calls) == room.CHECK_EVERY
+    over = roll(policy(), (2, 2), length=40, tokens=torch.full((2, 40), EOS))
+    assert over.mask.shape == (2, 1) and len(calls) == room.CHECK_EVERY
 
 
 def test_support_is_the_laws():
