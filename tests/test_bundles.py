@@ -259,7 +259,8 @@ def test_arrangements_by_hand():
     trains = {"lm_loss": {"b_ssl_main", "b_ssl_semantic"}, "policy_loss": {"b_rl_policy"}, "value_loss": {"b_rl_value"},
               "entropy_loss": {"b_rl_explore"}, "kl_loss": {"b_rl_anchor"}}  # fmt: skip
     overlap = trains | {"policy_loss": {"b_rl_policy", "b_ssl_semantic"}}
-    expected = {"baseline": ("bundles", dict.fromkeys(trains, set(BUNDLES))), "ssl_rl_separate": ("bundles", trains),
+    rl = {"b_rl_policy", "b_rl_value", "b_rl_explore", "b_rl_anchor"}
+    expected = {"rl_shared": ("bundles", dict.fromkeys(trains, rl) | {"lm_loss": {"b_ssl_main", "b_ssl_semantic"}}), "baseline": ("bundles", dict.fromkeys(trains, set(BUNDLES))), "ssl_rl_separate": ("bundles", trains),
                 "single_adapter": ("one_bundle", dict.fromkeys(trains, {"b_all"})), "larger_rl": ("bundles_rl2", trains),
                 "partial_overlap": ("bundles", overlap), "value_head_only": ("bundles", trains | {"value_loss": set()}),
                 "baseline_value_head": ("bundles", dict.fromkeys(trains, set(BUNDLES)) | {"value_loss": set()}),
