@@ -128,7 +128,7 @@ ARRANGEMENTS = {  # which bundles there are, and which of them a loss trains
     "baseline": ("bundles", dict.fromkeys(SEPARATE, tuple(BUNDLES))),
     "single_adapter": ("one_bundle", dict.fromkeys(SEPARATE, ("b_all",))),
     "ssl_rl_separate": ("bundles", SEPARATE),
-    "rl_shared": ("bundles", dict.fromkeys(SEPARATE, RL) | {"lm_loss": SEPARATE["lm_loss"]}),  # the line between SSL and RL alone
+    "rl_shared": ("bundles", dict.fromkeys(SEPARATE, RL) | {"lm_loss": SEPARATE["lm_loss"]}),  # RL's losses together
     "larger_rl": ("bundles_rl2", SEPARATE),
     "partial_overlap": ("bundles", SEPARATE | {"policy_loss": ("b_rl_policy", "b_ssl_semantic")}),
     "value_head_only": ("bundles", SEPARATE | {"value_loss": ()}),  # the head learns, b_rl_value writes 0
