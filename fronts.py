@@ -18,6 +18,7 @@ from experiments import Run, by_label, plus_minus
 from stats import mean_interval
 
 COST, GAIN = "perplexity_degradation", "reward_improvement"
+DEGRADATIONS = (-0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 300, 1000)  # ticks
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest gain that any arm ends with
 
 
@@ -41,7 +42,7 @@ def priced(runs: list[Run]) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 def price_plane(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
     """Each run a small point, each arm's settings their means, joined where they are its front; intervals where there are three
-    seeds. Better is up and to the left. The costs are drawn as they are: a degradation may be negative."""
+    seeds. Better is up and to the left. Costs are drawn, and averaged, in log(1 + cost), the loss on base text in nats."""
     arms = priced(runs)
     if not arms:
         return None
@@ -49,19 +50,28 @@ def price_plane(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
     axis = figure.subplots()
     for number, (arm, cells) in enumerate(arms.items()):
         colour = palette[number % len(palette)]
-        means = [tuple(np.mean(points, axis=0)) for points in cells.values()]
-        for points in cells.values():
+        places = {label: [(math.log1p(cost), gain) for cost, gain in points] for label, points in cells.items()}
+        means = [tuple(np.mean(points, axis=0)) for points in places.values()]
+        for points in places.values():
             axis.scatter(*zip(*points), s=9, color=colour, alpha=0.4, linewidth=0)
-        for (label, points), (cost, gain) in zip(cells.items(), means):
+        for (label, points), (nats, gain) in zip(places.items(), means):
             halves = [mean_interval(column)[1] if len(points) >= 3 else 0 for column in zip(*points)]
-            axis.errorbar(cost, gain, halves[1], halves[0], color=colour, marker="o", markersize=5, elinewidth=0.8)
+            axis.errorbar(nats, gain, halves[1], halves[0], color=colour, marker="o", markersize=5, elinewidth=0.8)
             setting = label.removeprefix(arm).removeprefix(", ")
-            axis.annotate(setting, (cost, gain), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=colour)
+            axis.annotate(setting, (nats, gain), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=colour)
         axis.plot(*zip(*front(means)), color=colour, drawstyle="steps-post", label=arm)
     axis.scatter(0, 0, s=130, marker="*", color="black", zorder=4, label="before")
+    degradations_on(axis)
     axis.set(xlabel="perplexity degradation", ylabel="reward improvement", title="What the reward costs")
     figure.legend(loc="outside right upper")
     return figure
+
+
+def degradations_on(axis) -> None:
+    """Writes degradations on an axis of log(1 + degradation)."""
+    low, high = axis.get_xlim()
+    steps = [step for step in DEGRADATIONS if low <= math.log1p(step) <= high]
+    axis.set_xticks([math.log1p(step) for step in steps], [f"{step:g}" for step in steps])
 
 
 def price_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
@@ -95,12 +105,12 @@ def cost_at(points: list[tuple[float, float]], gain: float) -> float:
 
 
 def price_paths(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
-    """The mean path of each label, a panel an arm, the others' in grey behind it. The cost's axis is linear below .1, logarithmic
-    above."""
+    """The mean path of each label, a panel an arm, the others' in grey behind it; costs as in `price_plane`."""
     groups = {label: group for label, group in by_label(runs).items() if all(len(path(run)) > 1 for run in group)}
     if not groups:
         return None
-    means = {label: np.mean([path(run) for run in group], axis=0) for label, group in groups.items()}
+    places = {label: np.array([path(run) for run in group]) for label, group in groups.items()}
+    means = {label: np.stack([np.log1p(p[..., 0]).mean(0), p[..., 1].mean(0)], axis=1) for label, p in places.items()}
     arms = list(dict.fromkeys(group[0].arm for group in groups.values()))
     rows = -(-len(arms) // 4)
     figure = Figure(figsize=(3.1 * min(4, len(arms)), 2.6 * rows + 0.3))
@@ -114,8 +124,8 @@ def price_paths(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
             setting = label.removeprefix(arm).removeprefix(", ") or arm
             axis.plot(*means[label].T, "-o", markersize=3, color=palette[number % len(palette)], label=setting)
         axis.set_title(arm)
-        axis.set_xscale("symlog", linthresh=0.1)
         axis.legend(fontsize=7, loc="lower right")
+    degradations_on(axes.flat[0])
     for axis in list(axes.flat)[len(arms) :]:
         axis.set_axis_off()
     figure.supxlabel("perplexity degradation", fontsize=9)

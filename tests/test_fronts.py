@@ -38,7 +38,10 @@ def test_the_table_and_the_plane_of_planted_runs():
     labels = axis.get_legend_handles_labels()[1]
     assert labels == ["a", "b", "before"]
     drawn = {line.get_label(): line.get_xydata() for line in axis.lines}
-    assert drawn["a"] == pytest.approx(np.array([(0.2, 0.3), (0.5, 0.5)]))
+    middle = np.log1p([0.1, 0.3, 0.2]).mean()
+    assert drawn["a"] == pytest.approx(np.array([(middle, 0.3), (np.log1p(0.5), 0.5)]))
+    ticks = dict(zip([text.get_text() for text in axis.get_xticklabels()], axis.get_xticks()))
+    assert ticks["0"] == 0 and ticks["0.5"] == pytest.approx(np.log(1.5)), "written as degradations"
 
 
 def test_the_cost_of_a_gain_is_read_off_the_path():
@@ -61,7 +64,8 @@ def test_equal_gains_and_paths_of_planted_runs():
     assert rows[1][3].endswith("(1 of 2)") and rows[1][4:] == ["never (0 of 2)"] * 2
     axes = price_paths(runs, analyze.PALETTE).axes
     own = {line.get_label(): line.get_xydata() for line in axes[0].lines}
-    assert own["a"] == pytest.approx(np.array([(0, 0), (0.2, 0.5), (0.5, 1.0)])) and [a.get_title() for a in axes] == ["a", "b"]
+    first = np.log1p([0.1, 0.3]).mean()
+    assert own["a"] == pytest.approx(np.array([(0, 0), (first, 0.5), (np.log(1.5), 1.0)])) and [a.get_title() for a in axes] == ["a", "b"]
 
 
 def test_runs_without_a_price_have_no_plane():
