@@ -65,7 +65,8 @@ def test_equal_gains_and_paths_of_planted_runs():
     axes = price_paths(runs, analyze.PALETTE).axes
     own = {line.get_label(): line.get_xydata() for line in axes[0].lines}
     first = np.log1p([0.1, 0.3]).mean()
-    assert own["a"] == pytest.approx(np.array([(0, 0), (first, 0.5), (np.log(1.5), 1.0)])) and [a.get_title() for a in axes] == ["a", "b"]
+    assert own["a"] == pytest.approx(np.array([(0, 0), (first, 0.5), (np.log(1.5), 1.0)]))
+    assert [axis.get_title() for axis in axes] == ["a", "b"]
 
 
 def test_runs_without_a_price_have_no_plane():
