@@ -136,6 +136,7 @@ ARRANGEMENTS = {  # which bundles there are, and which of them a loss trains
     "placebo": ("bundles", SEPARATE | {  # as many bundles, each loss apart, on the wrong side of the line
         "lm_loss": ("b_rl_policy", "b_rl_value"), "policy_loss": ("b_ssl_semantic",), "value_loss": ("b_ssl_main",),
     }),  # fmt: skip
+    "placebo_shared": ("bundles", dict.fromkeys(SEPARATE, SEPARATE["lm_loss"]) | {"lm_loss": RL}),  # rl_shared, sides exchanged
 }
 
 

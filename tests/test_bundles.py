@@ -263,6 +263,7 @@ def test_arrangements_by_hand():
     shared = dict.fromkeys(trains, rl) | {"lm_loss": {"b_ssl_main", "b_ssl_semantic"}}
     expected = {"baseline": ("bundles", dict.fromkeys(trains, set(BUNDLES))), "ssl_rl_separate": ("bundles", trains),
                 "rl_shared": ("bundles", shared),
+                "placebo_shared": ("bundles", dict.fromkeys(trains, trains["lm_loss"]) | {"lm_loss": rl}),
                 "single_adapter": ("one_bundle", dict.fromkeys(trains, {"b_all"})), "larger_rl": ("bundles_rl2", trains),
                 "partial_overlap": ("bundles", overlap), "value_head_only": ("bundles", trains | {"value_loss": set()}),
                 "baseline_value_head": ("bundles", dict.fromkeys(trains, set(BUNDLES)) | {"value_loss": set()}),
