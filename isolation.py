@@ -180,6 +180,7 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
             points = [(e["step"], e["rows"].get(mode, e["rows"]["untrained"])[key]) for e in evaluations]
             axis.plot(*zip(*points), ":" if mode == "untrained" else "-", marker="o", markersize=3, label=mode)
         axis.set(title=f"held out: {key}", xlabel="step")
+    axes.flat[1].set_yscale("log")  # a mode may have lost a thousandfold
     plane = [e["rows"].get("both", e["rows"]["untrained"]) for e in evaluations]
     axes.flat[3].plot([row["perplexity"] for row in plane], [row["reward"] for row in plane], "-o", markersize=3)
     axes.flat[3].set(title="the plane", xlabel="perplexity", ylabel="reward")
