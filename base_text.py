@@ -7,6 +7,7 @@
 A residual bundle that was never trained writes 0, and what is not there cannot be spoilt. Every arm is taught alike: its SSL
 bundles learn, or, in an adapter that has none, all of it.
 """
+import copy
 import math
 
 import torch
@@ -77,7 +78,7 @@ def teach(run, text: TextTrainer, steps: int, held_out: list[list[int]]) -> None
 class Interleaved:
     """An algorithm's trainer that takes a step on base text after every `every` of its own (0: none), and logs alphas.
 
-    That step is the first thing of the next one, so that a step that fails leaves what was before it.
+    That step is the first thing of the next one, and is undone where the next one fails.
     """
 
     def __init__(self, trainer, text: TextTrainer, every: int):
@@ -87,10 +88,16 @@ class Interleaved:
         return getattr(self.trainer, name)
 
     def step(self):
-        metrics, step = {}, self.trainer.steps_done
+        metrics, before, step = {}, None, self.trainer.steps_done
         if self.every and step and step % self.every == 0:
+            before = copy.deepcopy(self.state())
             metrics["loss/lm"] = self.text.step(step)
-        own, sample = self.trainer.step()
+        try:
+            own, sample = self.trainer.step()
+        except FloatingPointError:
+            if before:
+                self.restore(*before)
+            raise
         if self.model.adapter.spec.kind == "bundles":
             metrics |= {f"alpha/{name}": alpha for name, alpha in bundle_alphas(self.model).items()}
         return own | metrics, sample

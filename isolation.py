@@ -35,7 +35,7 @@ class Flags:
     eval_split: str = "test"
     """prompts of the evaluation, never trained on"""
     max_prompts: int = 10_000
-    """training prompts at most"""
+    """training prompts at most; DPO learns from the pairs on them"""
     prompt_tokens: int = 64
     """dialogues: longer prompts are left out; stories: a prompt is the first so many tokens of a text"""
     reward: str = "manners"
@@ -94,7 +94,7 @@ def check(args: Flags, config) -> None:
     """What flags can get wrong, also together, before anything is loaded."""
     sizes = ("eval_prompts", "eval_texts", "prompt_tokens", "max_prompts", "logging_steps", "ssl_texts", "ssl_batch_size")
     training.check(args, config, (*sizes, "max_tokens"))
-    for name in ("ssl_steps", "ssl_lr", "lm_every"):
+    for name in ("ssl_steps", "ssl_lr", "lm_every", "eval_every", "save_steps"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if config.dual and (args.ssl_steps or args.lm_every):
@@ -120,8 +120,9 @@ def describe(name: str, default: str, algorithm, args: Flags, config) -> tuple[P
     """(run folder, resolved config)."""
     resolved = {"algorithm": name} | asdict(args) | asdict(config)
     defaults = {"algorithm": default} | asdict(type(args)()) | asdict(algorithm.Config())
-    lead = default.replace("rl_", "") + "_"
-    return Path(args.output_dir or Path("output") / (lead + runs.run_name(resolved, defaults, lead=LEAD, ignore=QUIET))), resolved
+    lead = [name for name in LEAD if resolved[name] != ""]
+    folder = f"{default.removeprefix('rl_')}_{runs.run_name(resolved, defaults, lead=lead, ignore=QUIET)}"
+    return Path(args.output_dir or Path("output") / folder), resolved
 
 
 def build(args: Flags, config, labelling: Labelling = Labelling()):

@@ -142,7 +142,8 @@ def check_folder(folder: Path, resolved: dict, resume: bool) -> None:
     if resume:
         runs.check_same_config(folder, resolved)
     if folder.exists() and not resume and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
-        raise ValueError(f"{folder} already holds a run: --resume goes on with it, or choose another --output_dir, or delete it")
+        on = "--resume goes on with it, or " if "resume" in resolved else ""
+        raise ValueError(f"{folder} already holds a run: {on}choose another --output_dir, or delete it")
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
