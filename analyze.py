@@ -39,7 +39,7 @@ from experiments import (
     summarise,
     summary_rows,
 )
-from fronts import equal_gain_table, price_paths, price_plane, price_table
+from fronts import equal_gain_table, joint_front, price_paths, price_plane, price_table
 from hypotheses import MIN_SEEDS, Verdict, judge_all, read_hypotheses
 from model import check_device
 from stats import mean_interval
@@ -307,9 +307,10 @@ def report(folder: Path, runs: list[Run], verdicts: list[Verdict], figures: list
     heads, prices = price_table(finished(runs))
     if prices:
         lines += ["## What the reward costs", "", markdown(heads, prices)]
+        lines += [f"On the front of all, by their means: {'; '.join(joint_front(finished(runs)))}.", ""]
     heads, prices = equal_gain_table(finished(runs))
     if prices:
-        lines += ["What the same gain had cost on the way:", "", markdown(heads, prices)]
+        lines += ["What the same gain had cost on the way, in perplexity degradation:", "", markdown(heads, prices)]
     lines += ["## Movement of the training metrics over the last quarter", "", f"Bold: by more than {STILL}.", ""]
     lines += [markdown(["arm", "task", "hack rate", "reward"], still_moving(finished(runs))), "## Figures", ""]
     lines += [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in figures]

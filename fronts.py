@@ -5,8 +5,10 @@
     figure = price_paths(runs, PALETTE)   # the way there, evaluation by evaluation
     heads, rows = price_table(runs)
     heads, rows = equal_gain_table(runs)  # what the same gain cost on the way
+    labels = joint_front(runs)            # of all arms
 
-A point is an arm at one setting (a KL coefficient, say), the mean over its seeds.
+A point is an arm at one setting (a KL coefficient, say), the mean over its seeds. Costs are averaged, and drawn, in
+log(1 + cost), the loss on base text in nats: degradations of 2 and 30 have no useful mean.
 """
 
 import math
@@ -42,7 +44,7 @@ def priced(runs: list[Run]) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 def price_plane(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
     """Each run a small point, each arm's settings their means, joined where they are its front; intervals where there are three
-    seeds. Better is up and to the left. Costs are drawn, and averaged, in log(1 + cost), the loss on base text in nats."""
+    seeds. Better is up and to the left."""
     arms = priced(runs)
     if not arms:
         return None
@@ -74,16 +76,34 @@ def degradations_on(axis) -> None:
     axis.set_xticks([math.log1p(step) for step in steps], [f"{step:g}" for step in steps])
 
 
+def joint_front(runs: list[Run]) -> list[str]:
+    """The labels that no other beats, by their means: at most the cost and at least the gain; by ascending cost."""
+    means = {}
+    for cells in priced(runs).values():
+        for label, points in cells.items():
+            nats, gain = np.mean([(math.log1p(cost), gain) for cost, gain in points], axis=0)
+            means[float(nats), float(gain)] = label
+    return [means[point] for point in front(list(means))]
+
+
 def price_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: each arm's settings with gain, cost and efficiency, mean ± half-width over seeds. Efficiency is the ratio
-    of the means (a ratio of one seed may divide by nearly nothing), and a dash where nothing was paid."""
+    """Heads and rows: each arm's settings with gain (mean ± half-width over seeds), cost and efficiency, the ratio of the two (a
+    ratio of one seed may divide by nearly nothing), a dash where nothing was paid."""
     rows = []
     for cells in priced(runs).values():
         for label, points in cells.items():
             costs, gains = zip(*points)
-            efficiency = f"{np.mean(gains) / np.mean(costs):.2f}" if np.mean(costs) > 0 else "–"
-            rows.append([label, str(len(points)), plus_minus(mean_interval(gains)), plus_minus(mean_interval(costs)), efficiency])
+            cost, said = mean_cost(costs)
+            efficiency = f"{np.mean(gains) / cost:.2f}" if cost > 0 else "–"
+            rows.append([label, str(len(points)), plus_minus(mean_interval(gains)), said, efficiency])
     return ["arm", "seeds", "reward improvement", "perplexity degradation", "efficiency"], rows
+
+
+def mean_cost(costs) -> tuple[float, str]:
+    """The mean of costs in log(1 + cost), as a cost, and that with its 95% interval over seeds."""
+    mean, half = mean_interval([math.log1p(cost) for cost in costs])
+    ends = f" ({math.expm1(mean - half):.3g} to {math.expm1(mean + half):.3g})" if math.isfinite(half) else ""
+    return math.expm1(mean), f"{math.expm1(mean):.3g}{ends}"
 
 
 # ----------------------------------------------------------------------------------------------------------- the way there
@@ -134,9 +154,8 @@ def price_paths(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
 
 
 def equal_gain_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: what each label had paid when it first reached a share of the largest final gain of any label, mean ±
-    half-width over the seeds that reached it, with their number where some did not. No rows where no run was evaluated on its
-    way, or none gained."""
+    """Heads and rows: what each label had paid when it first reached a share of the largest final gain of any label, over the
+    seeds that reached it, with their number where some did not. No rows where no run was evaluated on its way, or none gained."""
     groups = {label: group for label, group in by_label(runs).items() if all(len(path(run)) > 1 for run in group)}
     best = max((float(np.mean([path(run)[-1][1] for run in group])) for group in groups.values()), default=0.0)
     levels, rows = [share * best for share in SHARES], []
@@ -145,6 +164,6 @@ def equal_gain_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
         for level in levels:
             costs = [cost for run in group if math.isfinite(cost := cost_at(path(run), level))]
             reached = f" ({len(costs)} of {len(group)})" if len(costs) < len(group) else ""
-            cells.append((plus_minus(mean_interval(costs)) if costs else "never") + reached)
+            cells.append((mean_cost(costs)[1] if costs else "never") + reached)
         rows.append([label, str(len(group)), *cells])
     return ["arm", "seeds", *[f"at gain {level:.2f}" for level in levels]], rows

@@ -102,6 +102,10 @@ def check(args: Flags, config) -> None:
     if config.loss_routes and args.lora_config != (bundles := ARRANGEMENTS[config.loss_routes][0]):
         raise ValueError(f"--loss_routes {config.loss_routes} routes to the branches of --lora_config {bundles}, "
                          f"not {args.lora_config}")
+    texts = ("ssl_texts", "ssl_split", "ssl_batch_size", "ssl_lr")
+    idle = [name for name in texts if getattr(args, name) != getattr(Flags, name)]
+    if idle and not args.ssl_steps and not args.lm_every:
+        raise ValueError(f"--{idle[0]} does nothing with --ssl_steps 0 and --lm_every 0: leave it out")
     if args.ssl_split != "train" and not args.base_text:
         raise ValueError("--ssl_split is a flag of --base_text: the embedded world's texts to learn from are those of train")
     if args.env == "stories":
@@ -135,7 +139,8 @@ def build(args: Flags, config, labelling: Labelling = Labelling()):
     if args.max_tokens > model.config.context:
         raise ValueError(f"--max_tokens {args.max_tokens} exceeds the model's context of {model.config.context}")
     env = with_base_text(asdict(args), tokenizer, args.eval_prompts, labelling)
-    training.check_prompts(env)
+    if args.env == "stories":  # dialogues are checked as they are made
+        training.check_prompts(env)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
     return model, tokenizer, env, texts_to_learn(args, tokenizer)
@@ -148,8 +153,8 @@ def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
     measured = args.eval_texts if args.ssl_split == "test" else 0
     found = base_texts(args.base_text, tokenizer, measured + args.ssl_texts, args.max_tokens, args.ssl_split)[measured:]
     if not found:
-        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} but the texts that the "
-                         "perplexity is measured on: lower --eval_texts")
+        remedy = "but the texts that the perplexity is measured on: lower --eval_texts" if measured else "to learn from"
+        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} {remedy}")
     return found
 
 

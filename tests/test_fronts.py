@@ -9,7 +9,7 @@ import pytest
 
 import analyze
 from experiments import Run
-from fronts import COST, GAIN, cost_at, equal_gain_table, front, price_paths, price_plane, price_table
+from fronts import COST, GAIN, cost_at, equal_gain_table, front, joint_front, price_paths, price_plane, price_table
 
 
 def test_a_front_is_what_nothing_beats():
@@ -32,8 +32,13 @@ def test_the_table_and_the_plane_of_planted_runs():
     runs = planted({"a, beta 0.1": [(0.1, 0.2), (0.3, 0.4), (0.2, 0.3)], "a, beta 0": [(0.5, 0.5)], "b, beta 0": [(-0.1, 0.2)]})
     heads, rows = price_table(runs)
     assert [row[0] for row in rows] == ["a, beta 0.1", "a, beta 0", "b, beta 0"] and [row[1] for row in rows] == ["3", "1", "1"]
-    assert rows[0][2].startswith("0.300 ± ") and rows[0][3].startswith("0.200 ± ") and len(heads) == len(rows[0])
-    assert [row[4] for row in rows] == ["1.50", "1.00", "–"], "a cost below 0 has no efficiency"
+    assert rows[0][2].startswith("0.300 ± ") and rows[0][3].startswith("0.197 (") and len(heads) == len(rows[0])
+    low, high = (float(word) for word in rows[0][3].split("(")[1].rstrip(")").split(" to "))
+    assert -0.05 < low < 0.0 < 0.4 < high < 0.5, "1.197 over and times 1.23"
+    assert [row[4] for row in rows] == ["1.52", "1.00", "–"], "a cost below 0 has no efficiency"
+    assert joint_front(runs) == ["b, beta 0", "a, beta 0.1", "a, beta 0"]
+    beaten = planted({"a, beta 0": [(0.5, 0.5)], "b, beta 0": [(0.4, 0.6)], "c, beta 0": [(0.1, 0.1)]})
+    assert joint_front(beaten) == ["c, beta 0", "b, beta 0"]
     axis = price_plane(runs, analyze.PALETTE).axes[0]
     labels = axis.get_legend_handles_labels()[1]
     assert labels == ["a", "b", "before"]
@@ -60,7 +65,7 @@ def test_equal_gains_and_paths_of_planted_runs():
             run("b", 2, [(0.0, 0.1), (0.1, 0.4)])]  # fmt: skip
     heads, rows = equal_gain_table(runs)
     assert heads[2:] == ["at gain 0.25", "at gain 0.50", "at gain 0.75", "at gain 1.00"]
-    assert rows[0][3].startswith("0.200 ± ") and rows[0][5].startswith("0.500")
+    assert rows[0][3].startswith("0.196 (") and rows[0][5].startswith("0.5 (")
     assert rows[1][3].endswith("(1 of 2)") and rows[1][4:] == ["never (0 of 2)"] * 2
     axes = price_paths(runs, analyze.PALETTE).axes
     own = {line.get_label(): line.get_xydata() for line in axes[0].lines}
@@ -89,5 +94,5 @@ def test_the_report_has_it(tmp_path):
     (tmp_path / "x" / "runs.json").write_text(json.dumps(entries))
     analyze.main(analyze.Args(str(tmp_path / "x"), measures="reward,task"))
     text = (tmp_path / "x" / "analysis" / "report.md").read_text()
-    assert "## What the reward costs" in text and "1.50" in text and "price.png" in text
+    assert "## What the reward costs" in text and "1.52" in text and "On the front of all, by their means: a." in text and "price.png" in text
     assert (tmp_path / "x" / "analysis" / "price.png").is_file()
