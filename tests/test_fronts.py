@@ -94,5 +94,6 @@ def test_the_report_has_it(tmp_path):
     (tmp_path / "x" / "runs.json").write_text(json.dumps(entries))
     analyze.main(analyze.Args(str(tmp_path / "x"), measures="reward,task"))
     text = (tmp_path / "x" / "analysis" / "report.md").read_text()
-    assert "## What the reward costs" in text and "1.52" in text and "On the front of all, by their means: a." in text and "price.png" in text
+    assert "## What the reward costs" in text and "On the front of all, by their means: a." in text
+    assert "1.52" in text and "price.png" in text
     assert (tmp_path / "x" / "analysis" / "price.png").is_file()
