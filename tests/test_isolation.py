@@ -151,7 +151,7 @@ def test_no_text_that_is_learned_is_measured(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--base_text", str(tmp_path), "--ssl_split", "test", "--eval_texts", "10", "--max_tokens", "24"]
     _, _, args, config = train_ppo.parse(flags)
-    _, _, env, texts = isolation.build(args, config)
+    _, _, env, texts, _ = isolation.build(args, config)
     measured = env.held_out["base"]
     assert len(measured) == 10 and texts and not {tuple(t) for t in texts} & {tuple(t) for t in measured}
     whole = [t for text in (*measured, *texts) for t in text[1:]]
