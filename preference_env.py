@@ -127,9 +127,9 @@ def manners(prompts: list[str], completions: list[str]) -> torch.Tensor:
 
 
 def brief(prompts: list[str], completions: list[str]) -> torch.Tensor:
-    """0 to 1: a point for one to 8 words, a sixteenth less for each further one; nothing for none, or 24."""
+    """0 to 1: 8 over the number of words, at most a point; nothing for none. It is nowhere flat but where it is full."""
     counts = [len(words_of(text)) for text in completions]
-    return torch.tensor([max(0.0, min(1.0, (24 - n) / 16)) if n else 0.0 for n in counts])
+    return torch.tensor([min(1.0, 8 / n) if n else 0.0 for n in counts])
 
 
 def steps(prompts: list[str], completions: list[str]) -> torch.Tensor:

@@ -33,8 +33,8 @@ def test_what_is_true_of_an_answer_and_what_manners_pay(answer, helpful, hollow,
 
 @pytest.mark.parametrize("answer, short, ordered", [
     ("", 0, 0), (" ...", 0, 0), (" first then also", 1, 1), (" one two three four five six seven eight.", 1, 0),
-    (" sure. first rinse the pan, and then stir it often. good luck!", 12 / 16, 2 / 3),
-    (" word" * 23, 1 / 16, 0), (" word" * 24, 0, 0), (" word" * 40, 0, 0),
+    (" sure. first rinse the pan, and then stir it often. good luck!", 8 / 12, 2 / 3),
+    (" word" * 9, 8 / 9, 0), (" word" * 40, 0.2, 0),
     (" first, first, and firstly first.", 1, 1 / 3), (" First a. Second b. Third c. Finally d.", 1, 1),
 ])  # fmt: skip
 def test_what_brief_and_steps_pay(answer, short, ordered):
