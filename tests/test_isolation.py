@@ -211,7 +211,7 @@ def test_no_text_that_is_learned_is_measured(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--base_text", str(tmp_path), "--ssl_split", "test", "--eval_texts", "10", "--max_tokens", "24"]
     _, _, args, config = train_ppo.parse(flags)
-    _, _, env, texts = isolation.build(args, config)
+    _, _, env, texts, _ = isolation.build(args, config)
     measured = env.held_out["base"]
     assert len(measured) == 10 and texts and not {tuple(t) for t in texts} & {tuple(t) for t in measured}
     whole = [t for text in (*measured, *texts) for t in text[1:]]
@@ -278,7 +278,7 @@ def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is(tmp_pat
     monkeypatch.chdir(tmp_path)
     path = Path(train_ppo.__file__).parent / "configs" / "isolation.yaml"
     file = plans.read_experiment(path)
-    with pytest.raises(ValueError, match="arm baseline: --reward output/dialogue_reward: .* which train_reward.py makes"):
+    with pytest.raises(ValueError, match="arm baseline: unknown reward 'output/dialogue_reward'.* which train_reward.py makes"):
         plans.plan(file, evaluate=False)
     Path("output/dialogue_reward").mkdir(parents=True)
     _, planned = plans.plan(file, evaluate=False)
