@@ -11,7 +11,7 @@ import torch
 
 import runs
 import training
-from adapters import attach, branch_parameters, preset
+from adapters import AdapterFlags, attach, branch_parameters, spec_of
 from base_text import Interleaved, TextTrainer, teach, text_branches
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling, check_lengths
@@ -22,7 +22,7 @@ from routing import ARRANGEMENTS
 
 
 @dataclass
-class Flags:
+class Flags(AdapterFlags):
     model: str = "tiny"
     """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
     env: str = "preferences"
@@ -127,7 +127,7 @@ def describe(name: str, default: str, algorithm, args: Flags, config) -> tuple[P
 def build(args: Flags, config, labelling: Labelling = Labelling()):
     """Model with adapter, tokenizer, environment, base texts to learn from. Cheap checks first; weights last."""
     check(args, config)
-    spec = preset(args.lora_config, config.dual)
+    spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)

@@ -13,6 +13,7 @@ Departures:
 - KL is counted once: as k1 in the reward, or as a loss, exact over the vocabulary. Entropy is exact as well.
 - Losses are means over the valid tokens of a minibatch. They stay apart until `backward`: each may train branches of its own.
 - Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses.
+- --lora_dropout drops in the minibatches' passes alone, approx_kl among what they log: pi_old, values, reference drop nothing.
 """
 import copy
 import math
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 import routing
-from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, reference, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch
 from losses import k1, k3, token_law, token_weights
@@ -424,7 +425,8 @@ class Trainer:
             metrics |= flow(self.model, self.value_head, rollout, seen, self.router, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate(step, config)
-        metrics |= update(self.model, self.value_head, self.optimizer, rollout, seen, *rest, generator, self.router)
+        with dropping(self.model, config.seed * 1_000_003 + step):
+            metrics |= update(self.model, self.value_head, self.optimizer, rollout, seen, *rest, generator, self.router)
         clock.append(time.perf_counter())
         self.steps_done += 1
         metrics |= describe(rollout, seen, scores, is_rh) | {"lr": config.lr * rate(step, config)}

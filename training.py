@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import runs
 from adapter_files import export_peft, save_adapter
-from adapters import preset
+from adapters import LOW_RANK, spec_of
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from replay import write_lines
@@ -117,7 +117,7 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     wanted_rewards(args)
-    preset(args.lora_config, config.dual)
+    spec_of(vars(args), config.dual)
 
 
 def wanted_rewards(args) -> list:
@@ -229,7 +229,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     evaluate(config.max_steps, modes)
     wall = spent + time.perf_counter() - start
     save_adapter(model, run.folder / "adapter.safetensors")
-    if model.adapter.spec.kind in ("lora", "lora_b"):  # a delta is as large as the weights in that layout: export_peft on demand
+    if model.adapter.spec.kind in LOW_RANK:  # a delta is as large as the weights in that layout: export_peft on demand
         for branch in model.adapter.spec.branches:
             if branch.rank:
                 export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)
