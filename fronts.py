@@ -2,10 +2,16 @@
 
     front(points)                         # of (cost, gain) pairs those that no other beats in both
     figure = price_plane(runs, PALETTE)   # None where runs have no price
+    figure = price_paths(runs, PALETTE)   # the way there, evaluation by evaluation
     heads, rows = price_table(runs)
+    heads, rows = equal_gain_table(runs)  # what the same gain cost on the way
+    labels = joint_front(runs)            # of all arms
 
-A point is an arm at one setting (a KL coefficient, say), the mean over its seeds.
+A point is an arm at one setting (a KL coefficient, say), the mean over its seeds. Costs are averaged, and drawn, in
+log(1 + cost), the loss on base text in nats: degradations of 2 and 30 have no useful mean.
 """
+
+import math
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,6 +20,8 @@ from experiments import Run, by_label, plus_minus
 from stats import mean_interval
 
 COST, GAIN = "perplexity_degradation", "reward_improvement"
+DEGRADATIONS = (-0.5, -0.2, 0, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 300, 1000)  # ticks
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the largest gain that any arm ends with
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -36,7 +44,7 @@ def priced(runs: list[Run]) -> dict[str, dict[str, list[tuple[float, float]]]]:
 
 def price_plane(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
     """Each run a small point, each arm's settings their means, joined where they are its front; intervals where there are three
-    seeds. Better is up and to the left. The costs are drawn as they are: a degradation may be negative."""
+    seeds. Better is up and to the left."""
     arms = priced(runs)
     if not arms:
         return None
@@ -44,28 +52,118 @@ def price_plane(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
     axis = figure.subplots()
     for number, (arm, cells) in enumerate(arms.items()):
         colour = palette[number % len(palette)]
-        means = [tuple(np.mean(points, axis=0)) for points in cells.values()]
-        for points in cells.values():
+        places = {label: [(math.log1p(cost), gain) for cost, gain in points] for label, points in cells.items()}
+        means = [tuple(np.mean(points, axis=0)) for points in places.values()]
+        for points in places.values():
             axis.scatter(*zip(*points), s=9, color=colour, alpha=0.4, linewidth=0)
-        for (label, points), (cost, gain) in zip(cells.items(), means):
+        for (label, points), (nats, gain) in zip(places.items(), means):
             halves = [mean_interval(column)[1] if len(points) >= 3 else 0 for column in zip(*points)]
-            axis.errorbar(cost, gain, halves[1], halves[0], color=colour, marker="o", markersize=5, elinewidth=0.8)
+            axis.errorbar(nats, gain, halves[1], halves[0], color=colour, marker="o", markersize=5, elinewidth=0.8)
             setting = label.removeprefix(arm).removeprefix(", ")
-            axis.annotate(setting, (cost, gain), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=colour)
+            axis.annotate(setting, (nats, gain), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=colour)
         axis.plot(*zip(*front(means)), color=colour, drawstyle="steps-post", label=arm)
     axis.scatter(0, 0, s=130, marker="*", color="black", zorder=4, label="before")
+    degradations_on(axis)
     axis.set(xlabel="perplexity degradation", ylabel="reward improvement", title="What the reward costs")
     figure.legend(loc="outside right upper")
     return figure
 
 
+def degradations_on(axis) -> None:
+    """Writes degradations on an axis of log(1 + degradation)."""
+    low, high = axis.get_xlim()
+    steps = [step for step in DEGRADATIONS if low <= math.log1p(step) <= high]
+    axis.set_xticks([math.log1p(step) for step in steps], [f"{step:g}" for step in steps])
+
+
+def joint_front(runs: list[Run]) -> list[str]:
+    """The labels that no other beats, by their means: at most the cost and at least the gain; by ascending cost."""
+    means = {}
+    for cells in priced(runs).values():
+        for label, points in cells.items():
+            nats, gain = np.mean([(math.log1p(cost), gain) for cost, gain in points], axis=0)
+            means[float(nats), float(gain)] = label
+    return [means[point] for point in front(list(means))]
+
+
 def price_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: each arm's settings with gain, cost and efficiency, mean ± half-width over seeds. Efficiency is the ratio
-    of the means (a ratio of one seed may divide by nearly nothing), and a dash where nothing was paid."""
+    """Heads and rows: each arm's settings with gain (mean ± half-width over seeds), cost and efficiency, the ratio of the two (a
+    ratio of one seed may divide by nearly nothing), a dash where nothing was paid."""
     rows = []
     for cells in priced(runs).values():
         for label, points in cells.items():
             costs, gains = zip(*points)
-            efficiency = f"{np.mean(gains) / np.mean(costs):.2f}" if np.mean(costs) > 0 else "–"
-            rows.append([label, str(len(points)), plus_minus(mean_interval(gains)), plus_minus(mean_interval(costs)), efficiency])
+            cost, said = mean_cost(costs)
+            efficiency = f"{np.mean(gains) / cost:.2f}" if cost > 0 else "–"
+            rows.append([label, str(len(points)), plus_minus(mean_interval(gains)), said, efficiency])
     return ["arm", "seeds", "reward improvement", "perplexity degradation", "efficiency"], rows
+
+
+def mean_cost(costs) -> tuple[float, str]:
+    """The mean of costs in log(1 + cost), as a cost, and that with its 95% interval over seeds."""
+    mean, half = mean_interval([math.log1p(cost) for cost in costs])
+    ends = f" ({math.expm1(mean - half):.3g} to {math.expm1(mean + half):.3g})" if math.isfinite(half) else ""
+    return math.expm1(mean), f"{math.expm1(mean):.3g}{ends}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the way there
+
+
+def path(run: Run) -> list[tuple[float, float]]:
+    """(cost, gain) of the trained model at every evaluation, from (0, 0) on."""
+    return [(0.0, 0.0), *[(line[f"both/{COST}"], line[f"both/{GAIN}"]) for line in run.metrics if f"both/{COST}" in line]]
+
+
+def cost_at(points: list[tuple[float, float]], gain: float) -> float:
+    """The cost at which a path first reaches a gain above 0, on straight lines in log(1 + cost), the loss on base text in nats;
+    NaN where it never does."""
+    for (a, low), (b, high) in zip(points, points[1:]):
+        if low < gain <= high:
+            share = (gain - low) / (high - low)
+            return math.expm1((1 - share) * math.log1p(a) + share * math.log1p(b))
+    return math.nan
+
+
+def price_paths(runs: list[Run], palette: tuple[str, ...]) -> Figure | None:
+    """The mean path of each label, a panel an arm, the others' in grey behind it; costs as in `price_plane`."""
+    groups = {label: group for label, group in by_label(runs).items() if all(len(path(run)) > 1 for run in group)}
+    if not groups:
+        return None
+    places = {label: np.array([path(run) for run in group]) for label, group in groups.items()}
+    means = {label: np.stack([np.log1p(p[..., 0]).mean(0), p[..., 1].mean(0)], axis=1) for label, p in places.items()}
+    arms = list(dict.fromkeys(group[0].arm for group in groups.values()))
+    rows = -(-len(arms) // 4)
+    figure = Figure(figsize=(3.1 * min(4, len(arms)), 2.6 * rows + 0.3))
+    axes = figure.subplots(rows, min(4, len(arms)), sharex=True, sharey=True, squeeze=False)
+    for axis, arm in zip(axes.flat, arms):
+        own = [label for label in groups if groups[label][0].arm == arm]
+        for label, points in means.items():
+            if label not in own:
+                axis.plot(*points.T, color="#d0d0d0", linewidth=0.8, zorder=1)
+        for number, label in enumerate(own):
+            setting = label.removeprefix(arm).removeprefix(", ") or arm
+            axis.plot(*means[label].T, "-o", markersize=3, color=palette[number % len(palette)], label=setting)
+        axis.set_title(arm)
+        axis.legend(fontsize=7, loc="lower right")
+    degradations_on(axes.flat[0])
+    for axis in list(axes.flat)[len(arms) :]:
+        axis.set_axis_off()
+    figure.supxlabel("perplexity degradation", fontsize=9)
+    figure.supylabel("reward improvement", fontsize=9)
+    return figure
+
+
+def equal_gain_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: what each label had paid when it first reached a share of the largest final gain of any label, over the
+    seeds that reached it, with their number where some did not. No rows where no run was evaluated on its way, or none gained."""
+    groups = {label: group for label, group in by_label(runs).items() if all(len(path(run)) > 1 for run in group)}
+    best = max((float(np.mean([path(run)[-1][1] for run in group])) for group in groups.values()), default=0.0)
+    levels, rows = [share * best for share in SHARES], []
+    for label, group in groups.items() if best > 0 else ():
+        cells = []
+        for level in levels:
+            costs = [cost for run in group if math.isfinite(cost := cost_at(path(run), level))]
+            reached = f" ({len(costs)} of {len(group)})" if len(costs) < len(group) else ""
+            cells.append((mean_cost(costs)[1] if costs else "never") + reached)
+        rows.append([label, str(len(group)), *cells])
+    return ["arm", "seeds", *[f"at gain {level:.2f}" for level in levels]], rows

@@ -35,7 +35,7 @@ class Flags(AdapterFlags):
     eval_split: str = "test"
     """prompts of the evaluation, never trained on"""
     max_prompts: int = 10_000
-    """training prompts at most"""
+    """training prompts at most; DPO learns from the pairs on them"""
     prompt_tokens: int = 64
     """dialogues: longer prompts are left out; stories: a prompt is the first so many tokens of a text"""
     reward: str = "manners"
@@ -94,7 +94,7 @@ def check(args: Flags, config) -> None:
     """What flags can get wrong, also together, before anything is loaded."""
     sizes = ("eval_prompts", "eval_texts", "prompt_tokens", "max_prompts", "logging_steps", "ssl_texts", "ssl_batch_size")
     training.check(args, config, (*sizes, "max_tokens"))
-    for name in ("ssl_steps", "ssl_lr", "lm_every"):
+    for name in ("ssl_steps", "ssl_lr", "lm_every", "eval_every", "save_steps"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if config.dual and (args.ssl_steps or args.lm_every):
@@ -102,6 +102,10 @@ def check(args: Flags, config) -> None:
     if config.loss_routes and args.lora_config != (bundles := ARRANGEMENTS[config.loss_routes][0]):
         raise ValueError(f"--loss_routes {config.loss_routes} routes to the branches of --lora_config {bundles}, "
                          f"not {args.lora_config}")
+    texts = ("ssl_texts", "ssl_split", "ssl_batch_size", "ssl_lr")
+    idle = [name for name in texts if getattr(args, name) != getattr(Flags, name)]
+    if idle and not args.ssl_steps and not args.lm_every:
+        raise ValueError(f"--{idle[0]} does nothing with --ssl_steps 0 and --lm_every 0: leave it out")
     if args.ssl_split != "train" and not args.base_text:
         raise ValueError("--ssl_split is a flag of --base_text: the embedded world's texts to learn from are those of train")
     if args.env == "stories":
@@ -120,8 +124,9 @@ def describe(name: str, default: str, algorithm, args: Flags, config) -> tuple[P
     """(run folder, resolved config)."""
     resolved = {"algorithm": name} | asdict(args) | asdict(config)
     defaults = {"algorithm": default} | asdict(type(args)()) | asdict(algorithm.Config())
-    lead = default.replace("rl_", "") + "_"
-    return Path(args.output_dir or Path("output") / (lead + runs.run_name(resolved, defaults, lead=LEAD, ignore=QUIET))), resolved
+    lead = [name for name in LEAD if resolved[name] != ""]
+    folder = f"{default.removeprefix('rl_')}_{runs.run_name(resolved, defaults, lead=lead, ignore=QUIET)}"
+    return Path(args.output_dir or Path("output") / folder), resolved
 
 
 def build(args: Flags, config, labelling: Labelling = Labelling()):
@@ -134,7 +139,8 @@ def build(args: Flags, config, labelling: Labelling = Labelling()):
     if args.max_tokens > model.config.context:
         raise ValueError(f"--max_tokens {args.max_tokens} exceeds the model's context of {model.config.context}")
     env = with_base_text(asdict(args), tokenizer, args.eval_prompts, labelling)
-    training.check_prompts(env)
+    if args.env == "stories":  # dialogues are checked as they are made
+        training.check_prompts(env)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
     return model, tokenizer, env, texts_to_learn(args, tokenizer)
@@ -147,8 +153,8 @@ def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
     measured = args.eval_texts if args.ssl_split == "test" else 0
     found = base_texts(args.base_text, tokenizer, measured + args.ssl_texts, args.max_tokens, args.ssl_split)[measured:]
     if not found:
-        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} but the texts that the "
-                         "perplexity is measured on: lower --eval_texts")
+        remedy = "but the texts that the perplexity is measured on: lower --eval_texts" if measured else "to learn from"
+        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} {remedy}")
     return found
 
 
@@ -180,6 +186,7 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
             points = [(e["step"], e["rows"].get(mode, e["rows"]["untrained"])[key]) for e in evaluations]
             axis.plot(*zip(*points), ":" if mode == "untrained" else "-", marker="o", markersize=3, label=mode)
         axis.set(title=f"held out: {key}", xlabel="step")
+    axes.flat[1].set_yscale("log")  # a mode may have lost a thousandfold
     plane = [e["rows"].get("both", e["rows"]["untrained"]) for e in evaluations]
     axes.flat[3].plot([row["perplexity"] for row in plane], [row["reward"] for row in plane], "-o", markersize=3)
     axes.flat[3].set(title="the plane", xlabel="perplexity", ylabel="reward")

@@ -48,6 +48,8 @@ class Preferences:
         for split, texts in prompts.items():
             if not texts:
                 raise ValueError(f"the {split} split has no prompt")
+            for prompt in texts:
+                truth(prompt, "")  # which refuses what it can't judge, before any work starts
         self._prompts, self.pays, self.truth, self.labelling = prompts, pays, truth, labelling
         self.reward, self.held_out, self.about = SimpleNamespace(name=name), held_out or {}, about
 

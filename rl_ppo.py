@@ -12,7 +12,8 @@ Departures:
   nothing is bootstrapped. (TRL's last PPO, 0.2x, paid it one position behind the end of text, and trained a value there.)
 - KL is counted once: as k1 in the reward, or as a loss, exact over the vocabulary. Entropy is exact as well.
 - Losses are means over the valid tokens of a minibatch. They stay apart until `backward`: each may train branches of its own.
-- Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses.
+- Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses;
+  the value head alone, which is no branch, learns from every sample.
 - --lora_dropout drops in the minibatches' passes alone, approx_kl among what they log: pi_old, values, reference drop nothing.
 """
 import copy

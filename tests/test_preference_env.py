@@ -119,6 +119,7 @@ def test_embedded_base_text_has_the_dialects_in_their_shares():
     texts = base_texts("", TINY, 100, 64)
     starts = [TINY.decode(ids).split()[0] for ids in texts]
     assert [starts.count(word) for word in ("review:", "task:", "user:")] == [12, 20, 12] and len(texts) == 100
+    assert not {tuple(ids) for ids in texts} & {tuple(ids) for ids in base_texts("", TINY, 1000, 64, "train")}
     assert max(map(len, texts)) == 64 and all(ids[-1] == TINY.eos_id for ids in texts if len(ids) < 64)
 
 
