@@ -16,6 +16,7 @@ One pass must equal two: `two_pass_backward` is the slow reference, homogeneous 
 removed by parameter hooks, as in the experiments this follows (Cloud et al. 2024, https://arxiv.org/abs/2410.04332).
 One routed backward per loss must equal `torch.autograd.grad(loss, the parameters it may train)`.
 """
+import statistics
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 
@@ -175,6 +176,16 @@ class GradientRouter:
             yield
 
 
+def backward(losses: dict[str, torch.Tensor], router: GradientRouter | None = None) -> None:
+    """Gradients of losses that share a forward pass: each to its own branches, or without a router one pass of their sum."""
+    if router is None:
+        sum(losses.values()).backward()
+        return
+    for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
+        with router.route_gradients(name):
+            loss.backward(retain_graph=left > 0)
+
+
 def analyze_gradient_flow(model: Decoder, losses: dict[str, torch.Tensor], router: GradientRouter | None = None):
     """{loss: {branch: norm of the gradient that this loss alone sends there}}, through the routes of `router`; without one,
     through the gates as they are, open outside of any block. `losses` are scalars by name, and their graph is kept. `.grad` stays
@@ -200,6 +211,28 @@ def norm(gradients: list[torch.Tensor | None]) -> float:
 def gradient_flow(model: Decoder) -> dict[str, float]:
     """Norm of the present gradient of each branch; a branch without any gradient has norm 0."""
     return {branch: norm([p.grad for p in group.values()]) for branch, group in branch_parameters(model).items()}
+
+
+@contextmanager
+def measured(model: Decoder, norms: list[float], share: float = 1.0):
+    """Appends to `norms` the norm of the gradient that backward passes inside the block add, of all branches together, over
+    `share`: what the micro-batch counts in its batch, so that the norm is that of its own mean loss. `.grad` ends as without the
+    block, to the bit.
+    """
+    parameters = [p for group in branch_parameters(model).values() for p in group.values()]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    yield
+    norms.append(norm([p.grad for p in parameters]) / share)
+    for p, old in zip(parameters, before):
+        if old is not None:
+            p.grad = old if p.grad is None else old.add_(p.grad)
+
+
+def norm_figures(norms: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 of a single one) of the gradient norms of a step's micro-batches."""
+    return {"grad_norm_mean": statistics.fmean(norms), "grad_norm_std": statistics.stdev(norms) if len(norms) > 1 else 0.0}
 
 
 def clip_per_branch(model: Decoder, max_norm: float) -> dict[str, float]:
