@@ -18,7 +18,6 @@ from envs import Labelling, check_lengths
 from model import load, read_json
 from preference_env import base_texts, with_base_text
 from reward_specs import get_reward
-from routing import ARRANGEMENTS
 
 
 @dataclass
@@ -99,9 +98,6 @@ def check(args: Flags, config) -> None:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if config.dual and (args.ssl_steps or args.lm_every):
         raise ValueError("--routing dual has no branch for base text: --ssl_steps 0, --lm_every 0")
-    if config.loss_routes and args.lora_config != (bundles := ARRANGEMENTS[config.loss_routes][0]):
-        raise ValueError(f"--loss_routes {config.loss_routes} routes to the branches of --lora_config {bundles}, "
-                         f"not {args.lora_config}")
     texts = ("ssl_texts", "ssl_split", "ssl_batch_size", "ssl_lr")
     idle = [name for name in texts if getattr(args, name) != getattr(Flags, name)]
     if idle and not args.ssl_steps and not args.lm_every:

@@ -384,6 +384,7 @@ class Trainer:
     """What a run carries from step to step: sampler, optimizer, the detector's watch. `step` is the whole algorithm."""
 
     def __init__(self, model, env, tokenizer, config: Config):
+        routing.check_branches(model, config.dual)
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.steps_done = Sampler(model, config.rollout_size), DetectorWatch(), 0
         scales = {"bad": config.bad_lr_scale}

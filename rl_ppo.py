@@ -396,6 +396,7 @@ class Trainer:
     """What a run carries from step to step: sampler, value head, optimizer. `step` is the whole algorithm."""
 
     def __init__(self, model, env, tokenizer, config: Config):
+        routing.check_branches(model, config.dual)
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
         self.value_head = nn.Linear(model.config.width, 1, device=model.device)  # fp32

@@ -29,6 +29,7 @@ from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from replay import write_lines
 from reward_specs import get_reward
+from routing import ARRANGEMENTS
 from verdict import evaluate_modes, modes_of, numbers_of, pages, samples, table
 
 SAMPLES_KEPT = 32  # of each mode at every evaluation, to be read
@@ -127,6 +128,9 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     wanted_rewards(args)
+    routes = getattr(config, "loss_routes", "")
+    if routes and args.lora_config != (bundles := ARRANGEMENTS[routes][0]):
+        raise ValueError(f"--loss_routes {routes} routes to the branches of --lora_config {bundles}, not {args.lora_config}")
     spec_of(vars(args), config.dual)
 
 
