@@ -78,7 +78,7 @@ class Worth:
     reward, worth = SimpleNamespace(name="worth"), torch.tensor([0.0, 0.1, 0.9, 0.2, 0.8, 0.3, 0.5])
 
     def prompts(self, split):
-        return ["2", "34", "456", "52"]
+        return ["2", "345", "43", "5"]
 
     def score(self, prompts, completions, generator=None, recall=None):
         reward = torch.stack([self.worth[[int(c) for c in text]].mean() for text in completions])
