@@ -75,7 +75,8 @@ SMALL = ["--max_steps", "2", "--batch_size", "4", "--max_new_tokens", "6", "--mi
          "--eval_prompts", "4", "--logging_steps", "1", "--save_steps", "1", "--lr", "1e-2", "--device", "cpu",
          "--lora_config", "r8", "--lora_alpha", "32", "--lora_dropout", "0.05"]  # fmt: skip
 SCRIPTS = {
-    "grpo": (train_grpo, ["--num_generations", "2", "--routing", "dual", "--bad_scale", "0", "--eval_routing_steps", "0"]),
+    "grpo": (train_grpo, ["--num_generations", "2", "--routing", "dual", "--bad_scale", "0", "--eval_routing_steps", "0",
+                          "--false_positive_frac", "0.5"]),
     "ppo": (train_ppo, ["--env", "stories", "--reward", train_grpo.Args().reward, "--ssl_steps", "1", "--ssl_texts", "4",
                         "--ssl_batch_size", "2", "--max_tokens", "16", "--eval_texts", "4", "--prompt_tokens", "8",
                         "--num_minibatches", "2", "--num_epochs", "1", "--eval_every", "0"]),
