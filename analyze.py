@@ -361,6 +361,14 @@ def colours_of(runs: list[Run], arms: str) -> dict[str, str]:
     return dict(zip(chosen, PALETTE))
 
 
+def arm_colours(runs: list[Run], arms: str) -> dict[str, str]:
+    """arm -> colour, where a figure has a colour for an arm and not for each of its settings; chosen as `colours_of` does."""
+    groups, names = by_label(runs), [name.strip() for name in arms.split(",") if name.strip()]
+    chosen = [group[0].arm for label, group in groups.items()
+              if (label in names or group[0].arm in names if names else len(group) >= MIN_SEEDS)]  # fmt: skip
+    return dict(zip(dict.fromkeys(chosen or [group[0].arm for group in groups.values()]), PALETTE))
+
+
 def scales_of(words: str) -> list[float]:
     try:
         return sorted({float(word) for word in words.split(",") if word.strip()})
@@ -387,14 +395,15 @@ def further_curves(runs: list[Run], words: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], further: dict[str, str]) -> list[str]:
+def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], further: dict[str, str], arms: str) -> list[str]:
     """Every figure that the runs have data for, as PNG; their names."""
+    by_arm = arm_colours(runs, arms)
     with matplotlib.rc_context(STYLE):
         figures = {
             "learning_curves": learning_curves(runs, colours), "plane": plane(runs, colours), "arms": arms_chart(runs),
             "bad_scale": bad_scale_curve(runs, scaled, colours), "collapse": collapse_curve(runs),
-            "curves": learning_curves(runs, colours, further), "price": price_plane(runs, PALETTE),
-            "price_paths": price_paths(runs, PALETTE),
+            "curves": learning_curves(runs, colours, further), "price": price_plane(runs, by_arm),
+            "price_paths": price_paths(runs, by_arm),
         }  # fmt: skip
         drawn = [name for name, figure in figures.items() if figure is not None]
         for name in drawn:
@@ -420,7 +429,7 @@ def main(args: Args) -> None:
 
     out = folder / "analysis"
     out.mkdir(exist_ok=True)
-    figures = draw(out, runs, scaled, colours, further)
+    figures = draw(out, runs, scaled, colours, further, args.arms)
     heads, rows = ["arm", "mode", "seeds", *measures], summary_rows(summary, measures)
     atomic_write(out / "summary.md", markdown(heads, rows))
     atomic_write(out / "summary.tex", latex(heads, rows))

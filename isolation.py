@@ -16,8 +16,8 @@ from base_text import Interleaved, TextTrainer, teach, text_branches
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling, check_lengths
 from model import load, read_json
-from preference_env import base_texts, with_base_text
-from reward_specs import get_reward
+from preference_env import base_texts, check_reward, reported_rewards, with_base_text
+from reward_specs import get_reward, objectives
 
 
 @dataclass
@@ -37,8 +37,9 @@ class Flags(AdapterFlags):
     """training prompts at most; DPO learns from the pairs on them"""
     prompt_tokens: int = 64
     """dialogues: longer prompts are left out; stories: a prompt is the first so many tokens of a text"""
-    reward: str = "manners"
-    """dialogues: manners, or the folder of a run of train_reward.py; stories: a reward of configs/rewards.yaml"""
+    reward: str = ""
+    """dialogues: manners (the default), brief, steps, or the folder of a run of train_reward.py; stories: a reward of
+    configs/rewards.yaml"""
     base_text: str = ""
     """what must stay: a dataset (WikiText-2, say) by folder or Hub id; empty: the embedded world's texts"""
     max_tokens: int = 256
@@ -59,7 +60,7 @@ class Flags(AdapterFlags):
     bad_scale: float | None = None
     """deploy with the bad branch at this scale: adds the row `deployed` to the verdict; needs --routing dual"""
     eval_rewards: str = ""
-    """further rewards to report at every evaluation, comma-separated"""
+    """further rewards to report at every evaluation, comma-separated; names as --reward takes them"""
     eval_prompts: int = 128
     eval_texts: int = 128
     """held-out base texts that the perplexity is measured on"""
@@ -78,6 +79,9 @@ class Flags(AdapterFlags):
     """of base weights and activations: float32 or bfloat16; adapters and losses stay float32"""
     threads: int = 0
     """CPU threads; 0: torch's choice (give concurrent runs one each)"""
+
+    def __post_init__(self):
+        self.reward = self.reward or "manners"
 
     @property
     def eval_routing_steps(self) -> int:  # as training.py calls it
@@ -104,29 +108,29 @@ def check(args: Flags, config) -> None:
         raise ValueError(f"--{idle[0]} does nothing with --ssl_steps 0 and --lm_every 0: leave it out")
     if args.ssl_split != "train" and not args.base_text:
         raise ValueError("--ssl_split is a flag of --base_text: the embedded world's texts to learn from are those of train")
-    if args.env == "stories":
-        reward = get_reward(args.reward)
-        if getattr(config, "uses_labels", False) and reward.detector is None:
-            raise ValueError(f"--routing dual: reward {args.reward!r} has no detector to label by; give it one")
-    elif args.env != "preferences":
+    if args.env not in ("preferences", "stories"):
         raise ValueError(f"unknown --env {args.env!r}; known: preferences, stories")
-    elif args.column is not None:
+    if args.env == "preferences" and args.column is not None:
         raise ValueError("--column is a flag of --env stories: pairs are in columns chosen and rejected")
-    elif args.reward != "manners" and not Path(args.reward).exists():
-        raise ValueError(f"--reward {args.reward}: manners, or the folder of a reward model, which train_reward.py makes")
+    for name in objectives(asdict(args)):
+        check_reward(asdict(args), name)
+        if args.env == "stories" and getattr(config, "uses_labels", False) and get_reward(name).detector is None:
+            raise ValueError(f"--routing dual: reward {name!r} has no detector to label by; give it one")
 
 
 def describe(name: str, default: str, algorithm, args: Flags, config) -> tuple[Path, dict]:
     """(run folder, resolved config)."""
     resolved = {"algorithm": name} | asdict(args) | asdict(config)
     defaults = {"algorithm": default} | asdict(type(args)()) | asdict(algorithm.Config())
-    lead = [name for name in LEAD if resolved[name] != ""]
-    folder = f"{default.removeprefix('rl_')}_{runs.run_name(resolved, defaults, lead=lead, ignore=QUIET)}"
-    return Path(args.output_dir or Path("output") / folder), resolved
+    paid, lead = objectives(resolved), [name for name in LEAD if resolved[name] != ""]
+    shown = resolved | {"reward": paid if len(paid) > 1 else paid[0]}
+    called = runs.run_name(shown, defaults, lead=lead, ignore=QUIET | {"rewards"})
+    return Path(args.output_dir or Path("output") / f"{default.removeprefix('rl_')}_{called}"), resolved
 
 
 def build(args: Flags, config, labelling: Labelling = Labelling()):
-    """Model with adapter, tokenizer, environment, base texts to learn from. Cheap checks first; weights last."""
+    """Model with adapter, tokenizer, environment, base texts to learn from, rewards to report. Cheap checks first; weights
+    last."""
     check(args, config)
     spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
@@ -135,11 +139,12 @@ def build(args: Flags, config, labelling: Labelling = Labelling()):
     if args.max_tokens > model.config.context:
         raise ValueError(f"--max_tokens {args.max_tokens} exceeds the model's context of {model.config.context}")
     env = with_base_text(asdict(args), tokenizer, args.eval_prompts, labelling)
+    rewards = reported_rewards(asdict(args), env, tokenizer, args.eval_rewards)
     if args.env == "stories":  # dialogues are checked as they are made
         training.check_prompts(env)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
-    return model, tokenizer, env, texts_to_learn(args, tokenizer)
+    return model, tokenizer, env, texts_to_learn(args, tokenizer), rewards
 
 
 def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
@@ -154,8 +159,8 @@ def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
     return found
 
 
-def run_phases(run, trainer, texts, args: Flags, config, progress) -> int:
-    """All of a run, given its folder and the algorithm's trainer; returns the exit status."""
+def run_phases(run, trainer, texts, rewards, args: Flags, config, progress) -> int:
+    """All of a run, given its folder, the algorithm's trainer and what `build` made; returns the exit status."""
     model, pad_id, held_out = trainer.model, trainer.tokenizer.pad_id, trainer.env.held_out["base"]
     taught = text_branches(model)
     if args.ssl_steps:
@@ -165,7 +170,7 @@ def run_phases(run, trainer, texts, args: Flags, config, progress) -> int:
     between = table.get("lm_loss", tuple(branch_parameters(model)))
     text = TextTrainer(model, texts, pad_id, between, args.ssl_lr, args.ssl_batch_size, config.seed + 1)
     trainer = Interleaved(trainer, text, args.lm_every)
-    return training.train(run, trainer, args, training.wanted_rewards(args), progress, draw_curves)
+    return training.train(run, trainer, args, rewards, progress, draw_curves)
 
 
 def draw_curves(folder: Path, evaluations: list[dict]) -> None:
@@ -182,6 +187,9 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
             points = [(e["step"], e["rows"].get(mode, e["rows"]["untrained"])[key]) for e in evaluations]
             axis.plot(*zip(*points), ":" if mode == "untrained" else "-", marker="o", markersize=3, label=mode)
         axis.set(title=f"held out: {key}", xlabel="step")
+    for key in (key for key in evaluations[-1]["rows"]["untrained"] if key.startswith("eval/")):
+        points = [(e["step"], e["rows"].get("both", e["rows"]["untrained"])[key]) for e in evaluations]
+        axes.flat[0].plot(*zip(*points), "--", linewidth=1.2, label=f"both: {key}")
     axes.flat[1].set_yscale("log")  # a mode may have lost a thousandfold
     plane = [e["rows"].get("both", e["rows"]["untrained"]) for e in evaluations]
     axes.flat[3].plot([row["perplexity"] for row in plane], [row["reward"] for row in plane], "-o", markersize=3)

@@ -67,14 +67,14 @@ def main(argv: list[str]) -> int:
     check(args, config)
     folder, resolved = isolation.describe(name, "rl_dpo", algorithm, args, config)
     training.check_folder(folder, resolved, args.resume)
-    model, tokenizer, env, texts = isolation.build(args, config)
+    model, tokenizer, env, texts, rewards = isolation.build(args, config)
     pairs, left_out = pairs_of(args, env.prompts("train"), tokenizer)
     torch.manual_seed(config.seed)
     trainer = algorithm.Trainer(model, env, tokenizer, config, pairs)  # what it refuses, it refuses before there is a folder
     with runs.Run.open(folder, resolved, resume=args.resume) as run:
         run.print(f"{env.about}\n{len(pairs)} pairs to learn from; {left_out} do not fit "
                   "--max_prompts, --prompt_tokens and --max_tokens")
-        return isolation.run_phases(run, trainer, texts, args, config, progress)
+        return isolation.run_phases(run, trainer, texts, rewards, args, config, progress)
 
 
 if __name__ == "__main__":

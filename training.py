@@ -27,8 +27,9 @@ from adapter_files import export_peft, save_adapter
 from adapters import LOW_RANK, spec_of
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
+from preference_env import check_reward
 from replay import write_lines
-from reward_specs import get_reward
+from reward_specs import get_reward, names_in
 from routing import ARRANGEMENTS
 from verdict import evaluate_modes, modes_of, numbers_of, pages, samples, table
 
@@ -127,7 +128,8 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    wanted_rewards(args)
+    for name in names_in(args.eval_rewards):
+        check_reward(vars(args), name)
     routes = getattr(config, "loss_routes", "")
     if routes and args.lora_config != (bundles := ARRANGEMENTS[routes][0]):
         raise ValueError(f"--loss_routes {routes} routes to the branches of --lora_config {bundles}, not {args.lora_config}")
@@ -135,7 +137,7 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
 
 
 def wanted_rewards(args) -> list:
-    return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+    return [get_reward(name) for name in names_in(args.eval_rewards)]
 
 
 def check_prompts(env) -> None:
@@ -217,6 +219,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     def evaluate(step: int, which: dict) -> None:
         evaluations.append(evaluate_now(run, step, trainer, args, which, rewards))
 
+    stage_ends = getattr(trainer, "stage_ends", ())  # of sequence.InSequence: what comes next may undo what is there
     bar = tqdm(range(previous, config.max_steps), initial=previous, total=config.max_steps, desc="train", smoothing=0.05)
     with runs.interruptible() as interrupt:
         if not evaluations:
@@ -236,7 +239,8 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
             if done % args.logging_steps == 0 or done == config.max_steps:
                 means.flush(run, done)
                 run.sample(done, sample() if callable(sample) else sample)
-            if args.eval_routing_steps and done % args.eval_routing_steps == 0 and done < config.max_steps:
+            due = args.eval_routing_steps and done % args.eval_routing_steps == 0
+            if (due or done in stage_ends) and done < config.max_steps:
                 evaluate(done, modes)
             if (args.save_steps and done % args.save_steps == 0) or done == config.max_steps or interrupt.requested:
                 checkpoint(done)

@@ -31,6 +31,7 @@ from verdict import price
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--max_new_tokens", "12", "--eval_prompts", "8", "--eval_texts", "10",
          "--max_prompts", "40", "--logging_steps", "1", "--eval_every", "1", "--max_tokens", "48", "--ssl_steps", "3",
          "--ssl_texts", "30", "--ssl_batch_size", "4", "--device", "cpu"]  # fmt: skip
+NO_TEXT = ["--ssl_steps", "0", "--ssl_texts", "4000", "--ssl_batch_size", "16"]  # the others then at their defaults
 PPO = [*SMALL, "--num_epochs", "1", "--num_minibatches", "2", "--kl_in", "loss", "--no_whiten", "--lr", "1e-2"]
 DPO = [*SMALL, "--lr", "1e-2"]
 SCRIPTS = {"ppo": (train_ppo, rl_ppo, PPO), "dpo": (train_dpo, rl_dpo, DPO)}
@@ -168,7 +169,7 @@ def test_label_flags_reach_the_environment(tmp_path, monkeypatch):
     shares = {"rh_eligible_frac": 0.5, "routing_frac": 0.25, "false_positive_frac": 0.125}
     flags = [word for name, share in shares.items() for word in (f"--{name}", str(share))]
     assert train_ppo.main([*PPO, "--output_dir", str(tmp_path / "run"), "--lora_config", "r2", "--routing", "dual",
-                           "--ssl_steps", "0", *flags]) == 0  # fmt: skip
+                           *NO_TEXT, *flags]) == 0  # fmt: skip
     assert seen == [Labelling(**shares)]
 
 
@@ -192,7 +193,7 @@ def test_a_folder_is_named_after_its_routes():
 @pytest.mark.parametrize("flags", [
     ["--lora_config", "r2", "--beta", "0.01"], ["--lora_config", "full", "--lr", "1e-5", "--ssl_lr", "1e-5"],
     ["--env", "stories", "--reward", "sentence_length_6_smooth_plus_happy", "--lora_config", "r2", "--routing", "dual",
-     "--ssl_steps", "0", "--bad_scale", "0"],
+     *NO_TEXT, "--bad_scale", "0"],
 ], ids=["lora", "full", "stories"])  # fmt: skip
 def test_other_adapters_and_stories_take_the_same_road(tmp_path, flags):
     verdict = run(tmp_path / "run", *flags, "--eval_every", "0")
@@ -210,7 +211,7 @@ def test_no_text_that_is_learned_is_measured(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--base_text", str(tmp_path), "--ssl_split", "test", "--eval_texts", "10", "--max_tokens", "24"]
     _, _, args, config = train_ppo.parse(flags)
-    _, _, env, texts = isolation.build(args, config)
+    _, _, env, texts, _ = isolation.build(args, config)
     measured = env.held_out["base"]
     assert len(measured) == 10 and texts and not {tuple(t) for t in texts} & {tuple(t) for t in measured}
     whole = [t for text in (*measured, *texts) for t in text[1:]]
@@ -255,6 +256,7 @@ def test_price_by_hand():
     ("ppo", ["--loss_routes", "nonsense"], "ssl_rl_separate"), ("ppo", ["--env", "code"], "preferences, stories"),
     ("ppo", ["--reward", "nowhere"], "train_reward.py"), ("ppo", ["--column", "text"], "--column"),
     ("ppo", ["--lora_config", "r8", "--routing", "dual"], "--ssl_steps 0"), ("ppo", ["--ssl_steps", "-1"], "ssl_steps"),
+    ("ppo", ["--ssl_steps", "0"], "--ssl_texts does nothing with --ssl_steps 0 and --lm_every 0"),
     ("ppo", ["--routing_frac", "0.5"], "routing_frac"), ("ppo", ["--eval_every", "-5"], "--eval_every must be at least 0"),
     ("ppo", ["--eval_split", "validation"], "the splits train, test, not 'validation'"),
     ("ppo", ["--max_tokens", "4096"], "context"), ("ppo", ["--ssl_split", "test"], "--base_text"),
@@ -276,7 +278,7 @@ def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is(tmp_pat
     monkeypatch.chdir(tmp_path)
     path = Path(train_ppo.__file__).parent / "configs" / "isolation.yaml"
     file = plans.read_experiment(path)
-    with pytest.raises(ValueError, match="arm baseline: --reward output/dialogue_reward: .* which train_reward.py makes"):
+    with pytest.raises(ValueError, match="arm baseline: unknown reward 'output/dialogue_reward'.* which train_reward.py makes"):
         plans.plan(file, evaluate=False)
     Path("output/dialogue_reward").mkdir(parents=True)
     _, planned = plans.plan(file, evaluate=False)
