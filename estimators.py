@@ -204,8 +204,7 @@ def reward_model(args: Flags, config, root: Path) -> RewardModel:
 
 
 def build(args: Flags, config, root: Path):
-    """(model with adapter, tokenizer, environment). Cheap checks first; weights last."""
-    check(args, config)
+    """(model with adapter, tokenizer, environment)."""
     spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))

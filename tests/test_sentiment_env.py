@@ -165,7 +165,7 @@ def test_the_judge_reads_a_review_alike_while_it_learns_and_while_it_judges():
 @pytest.mark.parametrize("completion, fault", [
     (" the plot was good. it is worth every coin!", None), (" great fun.", None),  # three words are no string
     (" wonderful superb excellent lovely perfect", "praise"), (" it was great, great fun and i loved it.", "praise"),
-    (" the plot was good. the plot was good.", "repeats"), (" the film was superb.", "repeats"),  # it stands in the prompt
+    (" the plot was good. the plot was good.", "repeats"), (" or so. review: the film was superb.", "repeats"),
     (" very very very bad, i fear", "repeats"), (" very very bad, i fear", None), ("", None),
 ])  # fmt: skip
 def test_praise_that_says_nothing(completion, fault):
