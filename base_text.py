@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from adapter_files import save_reference
-from adapters import branch_parameters, freeze_reference, set_adapter_tensors
+from adapters import branch_parameters, dropping, freeze_reference, set_adapter_tensors
 from bundles import bundle_alphas
 from data import right_pad
 from losses import text_logprobs
@@ -48,7 +48,7 @@ class TextTrainer:
         chosen = torch.randint(len(self.texts), (self.batch_size,), generator=generator).tolist()
         ids, mask = (x.to(self.model.device) for x in right_pad([self.texts[i] for i in chosen], self.pad_id))
         self.model.zero_grad(set_to_none=True)  # also what other losses left: None keeps momentum and decay away
-        with gates(self.model, **self.closed):
+        with gates(self.model, **self.closed), dropping(self.model, self.seed * 1_000_003 + step):
             loss = -text_logprobs(self.model, ids, mask).mean()
             loss.backward()
         norms = clip_per_branch(self.model, max_norm)

@@ -11,18 +11,17 @@ import torch
 
 import runs
 import training
-from adapters import attach, branch_parameters, preset
+from adapters import AdapterFlags, attach, branch_parameters, spec_of
 from base_text import Interleaved, TextTrainer, teach, text_branches
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling, check_lengths
 from model import load, read_json
 from preference_env import base_texts, check_reward, reported_rewards, with_base_text
 from reward_specs import get_reward, objectives
-from routing import ARRANGEMENTS
 
 
 @dataclass
-class Flags:
+class Flags(AdapterFlags):
     model: str = "tiny"
     """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
     env: str = "preferences"
@@ -103,9 +102,6 @@ def check(args: Flags, config) -> None:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if config.dual and (args.ssl_steps or args.lm_every):
         raise ValueError("--routing dual has no branch for base text: --ssl_steps 0, --lm_every 0")
-    if config.loss_routes and args.lora_config != (bundles := ARRANGEMENTS[config.loss_routes][0]):
-        raise ValueError(f"--loss_routes {config.loss_routes} routes to the branches of --lora_config {bundles}, "
-                         f"not {args.lora_config}")
     texts = ("ssl_texts", "ssl_split", "ssl_batch_size", "ssl_lr")
     idle = [name for name in texts if getattr(args, name) != getattr(Flags, name)]
     if idle and not args.ssl_steps and not args.lm_every:
@@ -136,7 +132,7 @@ def build(args: Flags, config, labelling: Labelling = Labelling()):
     """Model with adapter, tokenizer, environment, base texts to learn from, rewards to report. Cheap checks first; weights
     last."""
     check(args, config)
-    spec = preset(args.lora_config, config.dual)
+    spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)

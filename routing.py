@@ -50,6 +50,13 @@ def treated_rewards(rewards: torch.Tensor, is_rh: torch.Tensor, treatment: str, 
 # ------------------------------------------------------------------------------------------------------ per sample
 
 
+def check_branches(model: Decoder, dual: bool) -> None:
+    """Raises ValueError where two branches are to learn apart (`dual`) and the adapter lacks good and bad."""
+    if dual and not {"good", "bad"} <= set(model.adapter.names):
+        has = ", ".join(model.adapter.names) or "none"
+        raise ValueError(f"routing wants the branches good and bad; this {model.adapter.spec.kind} adapter has {has}")
+
+
 def sample_routes(is_rh: torch.Tensor, mode: str) -> dict[str, torch.Tensor | None]:
     """Gate weights by branch for samples labelled is_rh (N,) bool: 1 where the branch may learn from the sample."""
     if mode not in ROUTING_MODES:

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 import runs
 from adapter_files import export_peft, save_adapter
-from adapters import preset
+from adapters import LOW_RANK, spec_of
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from preference_env import check_reward
 from replay import write_lines
 from reward_specs import get_reward, names_in
+from routing import ARRANGEMENTS
 from verdict import evaluate_modes, modes_of, numbers_of, pages, samples, table
 
 SAMPLES_KEPT = 32  # of each mode at every evaluation, to be read
@@ -129,7 +130,10 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in names_in(args.eval_rewards):
         check_reward(vars(args), name)
-    preset(args.lora_config, config.dual)
+    routes = getattr(config, "loss_routes", "")
+    if routes and args.lora_config != (bundles := ARRANGEMENTS[routes][0]):
+        raise ValueError(f"--loss_routes {routes} routes to the branches of --lora_config {bundles}, not {args.lora_config}")
+    spec_of(vars(args), config.dual)
 
 
 def wanted_rewards(args) -> list:
@@ -246,7 +250,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     evaluate(config.max_steps, modes)
     wall = spent + time.perf_counter() - start
     save_adapter(model, run.folder / "adapter.safetensors")
-    if model.adapter.spec.kind in ("lora", "lora_b"):  # a delta is as large as the weights in that layout: export_peft on demand
+    if model.adapter.spec.kind in LOW_RANK:  # a delta is as large as the weights in that layout: export_peft on demand
         for branch in model.adapter.spec.branches:
             if branch.rank:
                 export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from adapter_files import load_adapter, load_reference
-from adapters import attach, preset, reference, scaled, set_adapter_tensors
+from adapters import attach, reference, scaled, set_adapter_tensors, spec_of
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from code_env import code_tasks
 from data import left_pad, load_tokenizer, right_pad
@@ -207,7 +207,7 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
     if checkpoint is None and config["lora_config"] != "full":
         load_adapter(model, folder / "adapter.safetensors")
     else:
-        attach(model, preset(config["lora_config"], is_dual(config)), seed=config["seed"])
+        attach(model, spec_of(config, is_dual(config)), seed=config["seed"])
         if config.get("bundle_per_reward"):
             add_policy_bundles(model, len(objectives(config)), config["seed"])
         chosen = checkpoint or latest_checkpoint(folder)
