@@ -119,16 +119,16 @@ def bias(drawn: Moments, reference: Moments) -> tuple[float, float]:
 
 
 def jackknife(drawn: Moments, reference: Moments, figure: Callable[[float, float, float], float]) -> tuple[float, float]:
-    """(figure, half-width) of figure(mean . mean, power, power): of two independent sets of draws, groups of each left out."""
+    """(figure, half-width) of figure(mean . mean, power, power): of two independent sets of draws, groups of each left out in
+    turn. Both are nan where the figure is for any of them."""
     (a, a_rest), (b, b_rest) = drawn.parts(), reference.parts()
     dot = drawn.sums @ reference.sums.T  # (groups, groups)
-    total = dot.sum()
-    variance = 0.0
-    for rest, left in (
-        (a_rest, [(float(total - d) / (r.count * b.count), r.power, b.power) for r, d in zip(a_rest, dot.sum(1))]),
-        (b_rest, [(float(total - d) / (a.count * r.count), a.power, r.power) for r, d in zip(b_rest, dot.sum(0))]),
+    total, variance = dot.sum(), 0.0
+    for left in (
+        [figure(float(total - d) / (r.count * b.count), r.power, b.power) for r, d in zip(a_rest, dot.sum(1))],
+        [figure(float(total - d) / (a.count * r.count), a.power, r.power) for r, d in zip(b_rest, dot.sum(0))],
     ):
-        values = torch.tensor([figure(*x) for x in left], dtype=torch.float64)
-        variance += float((values - values.mean()).square().sum()) * (len(rest) - 1) / len(rest)
-    df = min(len(a_rest), len(b_rest)) - 1
-    return figure(float(total) / (a.count * b.count), a.power, b.power), t_quantile((1 + LEVEL) / 2, df) * math.sqrt(variance)
+        variance += (len(left) - 1) * float(torch.tensor(left, dtype=torch.float64).var(correction=0))
+    value = figure(float(total) / (a.count * b.count), a.power, b.power)
+    half = t_quantile((1 + LEVEL) / 2, min(len(a_rest), len(b_rest)) - 1) * math.sqrt(variance)
+    return (math.nan, math.nan) if math.isnan(value + half) else (value, half)

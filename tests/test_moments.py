@@ -61,7 +61,7 @@ def test_the_jackknife_is_that_of_numpy_on_all_draws():
 def test_the_corrected_power_is_unbiased_and_the_uncorrected_ratio_saturates_at_the_number_of_draws():
     """40 numbers of deviation 1 and a mean of norm .5: the ratio is 160. Uncorrected it comes out near 40 / (.25 + 40 / 32), 27,
     and of pure noise near K."""
-    found = [noise(gaussian(seed, direction(norm=0.5), groups=4)[1]) for seed in range(300)]
+    found = [noise(gaussian(seed, direction(norm=0.5), groups=4)[1]) for seed in range(150)]
     mean = {key: np.mean([f[key] for f in found]) for key in ("trace", "power", "uncorrected")}
     assert mean["trace"] == pytest.approx(40, rel=0.02) and mean["power"] == pytest.approx(0.25, rel=0.15)
     assert mean["trace"] / mean["power"] == pytest.approx(160, rel=0.15)
@@ -75,10 +75,10 @@ def test_the_corrected_power_is_unbiased_and_the_uncorrected_ratio_saturates_at_
 
 @pytest.mark.parametrize("norm, bounded", [(4.0, True), (0.9, None)])
 def test_the_ratios_interval_covers_it(norm, bounded):
-    """40 / norm^2, in 90 to 99% of 300 experiments where it is resolved; where it is hardly, the interval is open above."""
-    found = [noise(gaussian(seed, direction(norm=norm))[1]) for seed in range(300)]
+    """40 / norm^2, in 88 to 100% of 150 experiments where it is resolved; where it is hardly, the interval is open above."""
+    found = [noise(gaussian(seed, direction(norm=norm))[1]) for seed in range(150)]
     resolved = [f for f in found if not math.isnan(f["ratio"])]
-    assert 0.9 <= np.mean([f["low"] <= 40 / norm**2 <= f["high"] for f in resolved]) <= 0.99
+    assert 0.88 <= np.mean([f["low"] <= 40 / norm**2 <= f["high"] for f in resolved]) <= 0.995
     assert np.median([f["ratio"] for f in resolved]) == pytest.approx(40 / norm**2, rel=0.2)
     if bounded:
         assert all(math.isfinite(f["high"]) for f in resolved)
@@ -90,7 +90,7 @@ def test_cosine_and_bias_are_freed_of_noise_and_their_intervals_cover():
     """Means at 60 degrees, noise that shrinks the plain cosine of the means from .5 to .4; bias |a - b|^2 / |b|^2 = 3."""
     a, b = direction(norm=2.0), direction(norm=1.0) + direction(norm=math.sqrt(3), axis=1)
     cosines, biases, plain, split = [], [], [], []
-    for seed in range(200):
+    for seed in range(120):
         drawn, reference = gaussian(seed, a)[1], gaussian(1000 + seed, b)[1]
         cosines.append(cosine(drawn, reference))
         biases.append(bias(drawn, reference))
@@ -99,7 +99,7 @@ def test_cosine_and_bias_are_freed_of_noise_and_their_intervals_cover():
     assert np.mean([c for c, _ in cosines]) == pytest.approx(0.5, abs=0.02) and np.mean(plain) == pytest.approx(0.5, abs=0.02)
     assert np.mean([c for c, _ in biases]) == pytest.approx(1, abs=0.05)
     for pairs, truth in ((cosines, 0.5), (biases, 1.0)):
-        assert 0.9 <= np.mean([abs(value - truth) <= half for value, half in pairs]) <= 0.99
+        assert 0.88 <= np.mean([abs(value - truth) <= half for value, half in pairs]) <= 0.995
     by_halves, by_pairs = np.mean(split, axis=0)
     assert by_halves == pytest.approx(by_pairs, abs=0.01)
 
@@ -108,9 +108,9 @@ def test_against_an_exact_gradient_there_is_no_noise_but_the_draws_own():
     g = torch.from_numpy(direction(norm=2.0))
     truth = exact(g, 16)
     assert noise(truth)["trace"] == pytest.approx(0, abs=1e-12) and noise(truth)["power"] == pytest.approx(4)
-    unbiased = [bias(gaussian(seed, g.numpy())[1], truth) for seed in range(200)]
+    unbiased = [bias(gaussian(seed, g.numpy())[1], truth) for seed in range(120)]
     assert np.mean([value for value, _ in unbiased]) == pytest.approx(0, abs=0.03)
-    assert 0.9 <= np.mean([abs(value) <= half for value, half in unbiased]) <= 0.99
+    assert 0.88 <= np.mean([abs(value) <= half for value, half in unbiased]) <= 0.995
     value, half = bias(gaussian(0, direction(norm=2.0) + direction(norm=1.0, axis=3))[1], truth)
     assert value - half > 0 and value == pytest.approx(0.25, abs=half)
 

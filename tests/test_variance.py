@@ -1,0 +1,100 @@
+"""variance.py: the algorithms' own steps, at a policy that does not move; their bias in the toy; the report."""
+import json
+import math
+
+import pytest
+import torch
+
+import toy
+import variance
+from adapters import adapter_tensors
+from variance import Args, World, check, draw, measure, perturb
+
+SMALL = {"draws": 16, "toy_draws": 16, "reference": 16, "groups": 8, "warm": 3, "batch_size": 8, "perturb": 0.3}
+
+
+def world(**flags) -> World:
+    model = toy.policy(1)
+    perturb(model, 0.3, 1)
+    shared = {"batch_size": 8, "beta": 0.1, "seed": 0, "max_new_tokens": 3, "top_p": 1.0, "min_new_tokens": 0} | flags
+    return World(model, toy.Toy(), toy.TOKENIZER, shared)
+
+
+def test_a_row_for_each_estimator_and_each_tau_of_those_that_have_one():
+    rows = check(Args(estimators="ste, ppo,grade", taus="2,0.5"))
+    assert rows == [("ste 2", "ste", 2.0), ("ste 0.5", "ste", 0.5), ("ppo", "ppo", None), ("grade 2", "grade", 2.0),
+                    ("grade 0.5", "grade", 0.5)]  # fmt: skip
+
+
+@pytest.mark.parametrize("label, name, tau", check(Args()))
+def test_draws_leave_the_policy_bitwise_as_it_is_and_repeat(label, name, tau):
+    place, args = world(), Args(**SMALL)
+    before = {key: value.clone() for key, value in adapter_tensors(place.model).items()}
+    first, again = (draw(place, name, tau, 8, 1 + args.warm, args) for _ in range(2))
+    assert all(torch.equal(value, before[key]) for key, value in adapter_tensors(place.model).items())
+    assert torch.equal(first.moments.sums, again.moments.sums) and first.moments.count == 8
+    other = draw(place, name, tau, 8, variance.REFERENCE_FROM, args)
+    assert not torch.equal(first.moments.sums, other.moments.sums)
+    assert first.moments.squares.min() > 0 and 8 < first.tokens <= 24 and first.seconds > 0 and first.kl > 0
+    assert 0 < first.reward < 1
+
+
+def test_ppos_value_head_learns_while_it_settles_and_then_no_more(monkeypatch):
+    heads, own = [], variance.one_gradient
+
+    def watched(trainer, *rest):
+        found = own(trainer, *rest)
+        heads.append(trainer.value_head.weight.detach().clone())
+        return found
+
+    monkeypatch.setattr(variance, "one_gradient", watched)
+    draw(world(), "ppo", None, 8, 4, Args(**SMALL))
+    assert len(heads) == 11 and not torch.equal(heads[0], heads[2]) and heads[2].norm() > 0
+    assert all(torch.equal(head, heads[2]) for head in heads[3:])
+
+
+def test_in_the_toy_reinforce_is_unbiased_and_grade_is_not():
+    """Bias as a share of the exact gradient's squared norm, with its 95% interval."""
+    args = Args(toy_draws=64, groups=16, warm=3, estimators="grade,ste,reinforce_loo", taus="2")
+    found = variance.measure_toy(check(args), args)["toy"]
+    for label in ("grade 2", "ste 2"):
+        assert found[label]["bias"] - found[label]["bias_half"] > 0.1
+        assert found[label]["cosine"] + found[label]["cosine_half"] < 0.95
+    unbiased = found["reinforce_loo"]
+    assert abs(unbiased["bias"]) < 2 * unbiased["bias_half"] < 0.4
+    assert abs(unbiased["cosine"] - 1) < 2 * unbiased["cosine_half"] < 0.2
+    assert found["ste 2"]["ratio"] < unbiased["ratio"]
+
+
+def test_an_estimator_against_the_reference_agrees_with_itself_and_is_reported(tmp_path):
+    args = Args(**SMALL | {"draws": 32, "reference": 32, "batch_size": 16, "estimators": "reinforce_loo"})
+    found = measure(world(batch_size=16), check(args), args)
+    row, about = found["rows"]["reinforce_loo"], found["reference"]
+    assert abs(row["cosine"] - 1) < 2 * row["cosine_half"] < 0.6
+    assert row["cosine_of_means"] == pytest.approx(row["cosine"] * row["attenuation"])
+    assert about["attenuation_by_halves"] == pytest.approx(about["attenuation"], abs=0.1)
+    unresolved = {key: math.nan for key in ("ratio", "low", "high", "cosine", "cosine_half", "attenuation", "bias", "bias_half")}
+    found["rows"] |= {"noise": row | unresolved, "open": row | {"high": math.inf}}
+    found |= {"toy": found["rows"], "policy": "a policy"}
+    text = variance.report(found, args)
+    line = next(line for line in text.splitlines() if line.startswith("| noise"))
+    assert line.count("not resolved") == 4 and "nan" not in text and ", open]" in text
+    variance.draw_bars(found, tmp_path / "variance.png")
+    assert (tmp_path / "variance.png").stat().st_size > 10_000
+    kept = json.loads(json.dumps(variance.plain(found), allow_nan=False))
+    assert kept["rows"]["noise"]["ratio"] == "not resolved" and kept["rows"]["open"]["high"] == "open"
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"estimators": "grade,trpo"}, "unknown --estimators 'trpo'; known: grade, ste, reinforce, reinforce_loo, ppo"),
+    ({"taus": "2;1"}, "--taus '2;1': numbers with commas between"),
+    ({"groups": 5}, "--groups must be even and at least 4, not 5"),
+    ({"draws": 40}, "--draws 40 is no multiple of --groups 16"),
+    ({"draws": 0, "toy_draws": 0}, "leave nothing to measure"),
+    ({"reference": 0}, "--reference 0"),
+    ({"num_generations": 3}, "--num_generations 3 must be 2 or more and divide --batch_size 16"),
+    ({"perturb": math.nan}, "--perturb must be at least 0, not nan"),
+])  # fmt: skip
+def test_flags_that_cannot_work_are_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check(Args(**flags))
