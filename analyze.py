@@ -39,7 +39,7 @@ from experiments import (
     summarise,
     summary_rows,
 )
-from fronts import price_plane, price_table
+from fronts import equal_gain_table, price_paths, price_plane, price_table
 from hypotheses import MIN_SEEDS, Verdict, judge_all, read_hypotheses
 from model import check_device
 from stats import mean_interval
@@ -307,6 +307,9 @@ def report(folder: Path, runs: list[Run], verdicts: list[Verdict], figures: list
     heads, prices = price_table(finished(runs))
     if prices:
         lines += ["## What the reward costs", "", markdown(heads, prices)]
+    heads, prices = equal_gain_table(finished(runs))
+    if prices:
+        lines += ["What the same gain had cost on the way:", "", markdown(heads, prices)]
     lines += ["## Movement of the training metrics over the last quarter", "", f"Bold: by more than {STILL}.", ""]
     lines += [markdown(["arm", "task", "hack rate", "reward"], still_moving(finished(runs))), "## Figures", ""]
     lines += [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in figures]
@@ -390,6 +393,7 @@ def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], furt
             "learning_curves": learning_curves(runs, colours), "plane": plane(runs, colours), "arms": arms_chart(runs),
             "bad_scale": bad_scale_curve(runs, scaled, colours), "collapse": collapse_curve(runs),
             "curves": learning_curves(runs, colours, further), "price": price_plane(runs, PALETTE),
+            "price_paths": price_paths(runs, PALETTE),
         }  # fmt: skip
         drawn = [name for name, figure in figures.items() if figure is not None]
         for name in drawn:

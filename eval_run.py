@@ -20,7 +20,7 @@ from code_env import check_box
 from model import check_device
 from reward_specs import get_reward
 from sampling import Sampler
-from verdict import evaluate_modes, is_dual, load_run, modes_of, numbers_of, table
+from verdict import evaluate_modes, is_dual, load_run, modes_of, numbers_of, pages, table
 
 
 @dataclass
@@ -101,16 +101,11 @@ def main(args: Args) -> None:
     sampler = Sampler(model, run.get("rollout_size", 0))  # which supervised runs do not have
     rows = evaluate_modes(sampler, env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
     print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\ntraining history\n{history(folder)}\n")
-    pages = []
-    for mode, row in rows.items():
-        flag = "DEGENERATE" if row["degenerate"] else "not degenerate"
-        variety = f"unique {row['unique']:.2f}, unique first {row['unique_first']:.2f}, Jaccard {row['jaccard']:.2f}"
-        head = f"=== {mode}: {flag}, {variety}"
-        pages.append("\n".join([head, *[f"- {p}{t}" for p, t in list(zip(row["prompts"], row["texts"]))[: args.n_samples]]]))
-    print("\n\n".join(pages))
+    read = pages(rows, args.n_samples)
+    print(read)
     out = Path(args.output_dir) if args.output_dir else folder / ("eval" if checkpoint is None else f"eval_{checkpoint.name}")
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "samples.txt", "\n\n".join(pages) + "\n")
+    atomic_write(out / "samples.txt", read)
     source = {"source": str(checkpoint or folder), "finished": checkpoint is None}
     figures = source | {"n": args.n, "modes": numbers_of(rows), "args": asdict(args)}
     atomic_write(out / RESULT, json.dumps(figures, indent=1))

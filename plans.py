@@ -82,6 +82,8 @@ def read_experiment(path: str | Path) -> dict:
             raise ValueError(f"{path}: arm {arm!r} must be letters, digits and . _ = - (and quote yes, no, on and off)")
         if not isinstance(own, dict) or not isinstance(own.get("grid", {}), dict):
             raise ValueError(f"{path}: arm {arm} must map flags to values, and its grid flags to lists, not {own!r}")
+        if not isinstance(own.get("script", ""), str):
+            raise ValueError(f"{path}: arm {arm}: script must be text, not {own['script']!r}")
     return {"name": path.stem} | file
 
 
@@ -165,7 +167,7 @@ def plan(file: dict, given: dict | None = None, swept: dict | None = None, evalu
     """(the experiment's folder, its runs in order), every flag of every run checked.
 
     Args:
-        file: as `read_experiment` returns it; {} for none.
+        file: as `read_experiment` returns it; {} for none. An arm with a script of its own takes nothing of `fixed` and `grid`.
         given: flags that win over the file's in every run.
         swept: flag -> list of values, likewise.
         evaluate: plan the evaluation too, where the script names one.
@@ -173,14 +175,14 @@ def plan(file: dict, given: dict | None = None, swept: dict | None = None, evalu
     Raises:
         ValueError: in one line that names the arm and the flag.
     """
-    script = import_script(file.get("script", DEFAULT_SCRIPT))
-    judge = import_script(script.module.EVALUATE, script.path.parent) if evaluate and hasattr(script.module, "EVALUATE") else None
     drafts = []
     for arm, own in file.get("arms", {"": {}}).items():
+        script = import_script(own.get("script", file.get("script", DEFAULT_SCRIPT)))
         where = f"arm {arm}" if arm else script.path.name
+        common = {} if "script" in own else file  # another script's flags are others
         levels = [
-            ("fixed", file.get("fixed", {}), file.get("grid", {})),
-            (where, {key: value for key, value in own.items() if key != "grid"}, own.get("grid", {})),
+            ("fixed", common.get("fixed", {}), common.get("grid", {})),
+            (where, {key: value for key, value in own.items() if key not in ("grid", "script")}, own.get("grid", {})),
             ("command line", given or {}, swept or {}),
         ]
         for fixed, chosen in cells(levels):
@@ -188,10 +190,10 @@ def plan(file: dict, given: dict | None = None, swept: dict | None = None, evalu
             if "output_dir" not in config:
                 raise ValueError(f"{script.path.name} has no --output_dir, without which its runs can't be told apart")
             threads = {"threads": 1} if "threads" in config and "threads" not in fixed | chosen else {}
-            drafts.append((where, arm, fixed, chosen, threads, config))
-    root = Path(root or Path("output") / (file.get("name") or _name_of(script, drafts[0])))
+            drafts.append((script, where, arm, fixed, chosen, threads, config))
+    root = Path(root or Path("output") / (file.get("name") or _name_of(drafts[0])))
     planned, names = [], set()
-    for where, arm, fixed, chosen, threads, config in drafts:
+    for script, where, arm, fixed, chosen, threads, config in drafts:
         parts = ({"arm": arm} if arm else {}) | {key: config.get(key, value) for key, value in chosen.items()}
         name = runs.run_name(parts, {}, LEAD)
         if name in names:
@@ -201,16 +203,17 @@ def plan(file: dict, given: dict | None = None, swept: dict | None = None, evalu
         words = words_of(fixed | chosen | threads | {"output_dir": str(root / name)})
         folder, config = resolve(script, words, where)
         flags = {key: config.get(key, value) for key, value in (fixed | chosen).items()}
-        report, judge_words, judge_config = folder / script.module.RESULT, [], {}
-        if judge:
+        report, judge, judge_words, judge_config = folder / script.module.RESULT, None, [], {}
+        if evaluate and hasattr(script.module, "EVALUATE"):
+            judge = import_script(script.module.EVALUATE, script.path.parent)
             report, judge_words, judge_config = _plan_evaluation(judge, folder, file.get("eval", {}), config)
         run = Run(name, arm, swept_here, flags, config, folder, report, script, words, judge, judge_words, judge_config)
         planned.append(run)
     return root, planned
 
 
-def _name_of(script: Script, draft) -> str:
-    _, _, fixed, _, _, config = draft
+def _name_of(draft) -> str:
+    script, _, _, fixed, _, _, config = draft
     stem = [] if script.path.name == DEFAULT_SCRIPT else [script.path.stem]
     return "_".join([*stem, runs.run_name({key: config.get(key, value) for key, value in fixed.items()}, {}, LEAD)])
 

@@ -130,6 +130,7 @@ ARRANGEMENTS = {  # which bundles there are, and which of them a loss trains
     "larger_rl": ("bundles_rl2", SEPARATE),
     "partial_overlap": ("bundles", SEPARATE | {"policy_loss": ("b_rl_policy", "b_ssl_semantic")}),
     "value_head_only": ("bundles", SEPARATE | {"value_loss": ()}),  # the head learns, b_rl_value writes 0
+    "baseline_value_head": ("bundles", dict.fromkeys(SEPARATE, tuple(BUNDLES)) | {"value_loss": ()}),
     "placebo": ("bundles", SEPARATE | {  # as many bundles, each loss apart, on the wrong side of the line
         "lm_loss": ("b_rl_policy", "b_rl_value"), "policy_loss": ("b_ssl_semantic",), "value_loss": ("b_ssl_main",),
     }),  # fmt: skip

@@ -29,7 +29,9 @@ from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
 from replay import write_lines
 from reward_specs import get_reward
-from verdict import evaluate_modes, modes_of, numbers_of, samples, table
+from verdict import evaluate_modes, modes_of, numbers_of, pages, samples, table
+
+SAMPLES_KEPT = 32  # of each mode at every evaluation, to be read
 
 # ------------------------------------------------------------------------------------------------------------ flags
 
@@ -168,6 +170,8 @@ def evaluate_now(run, step: int, trainer, args, modes: dict, rewards) -> dict:
     config = trainer.config
     sizes = args.eval_prompts, config.max_new_tokens
     rows = evaluate_modes(trainer.sampler, trainer.env, trainer.tokenizer, modes, *sizes, config.law(), rewards)
+    (run.folder / "samples").mkdir(exist_ok=True)
+    atomic_write(run.folder / "samples" / f"step_{step}.txt", pages(rows, SAMPLES_KEPT))
     rows = numbers_of(rows)
     run.print(f"\n== {args.eval_prompts} test prompts @ {step} ==\n{table(rows)}\n\n{samples(rows)}\n")
     run.log(step, {f"{mode}/{k}": v for mode, row in rows.items() for k, v in row.items() if isinstance(v, float)})

@@ -6,8 +6,8 @@
     curve = bad_scale_rows("output/RUN", [0, 0.25, 0.5, 0.75, 1])           # a row a scale of the bad branch
 
 Modes: untrained (the reference policy: all branches off, or as they were frozen), both (all on), retain_only (good 1, bad 0),
-forget_only (0, 1), deployed (1, bad_scale); of residual bundles rl_half and rl_off, those of RL at 1/2 and 0. Every mode sees
-the same prompts and the same random numbers. Evaluation has its own generator and never touches training's.
+forget_only (0, 1), deployed (1, bad_scale); of residual bundles rl_half and rl_off, those of RL at 1/2 and 0, and value_off, the
+value loss's at 0. Every mode sees the same prompts and random numbers. Evaluation has its own generator, apart from training's.
 """
 import hashlib
 import json
@@ -45,6 +45,7 @@ def modes_of(model, bad_scale: float | None = None) -> dict[str, dict[str, float
             modes["deployed"] = {"good": 1.0, "bad": bad_scale}
     if rl := [name for name in names if name.startswith("b_rl_")]:
         modes |= {mode: modes["both"] | dict.fromkeys(rl, scale) for mode, scale in (("rl_half", 0.5), ("rl_off", 0.0))}
+        modes |= {"value_off": modes["both"] | {"b_rl_value": 0.0}}
     return modes
 
 
@@ -256,6 +257,17 @@ def table(rows: dict[str, dict]) -> str:
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
                      for line in [heads, *lines])  # fmt: skip
+
+
+def pages(rows: dict[str, dict], count: int) -> str:
+    """The first `count` samples of each mode, with its diversity: what is to be read with one's own eyes."""
+    found = []
+    for mode, row in rows.items():
+        flag = "DEGENERATE" if row["degenerate"] else "not degenerate"
+        variety = f"unique {row['unique']:.2f}, unique first {row['unique_first']:.2f}, Jaccard {row['jaccard']:.2f}"
+        texts = [f"- {prompt}{text}" for prompt, text in zip(row["prompts"], row["texts"])]
+        found.append("\n".join([f"=== {mode}: {flag}, {variety}", *texts[:count]]))
+    return "\n\n".join(found) + "\n"
 
 
 def samples(rows: dict[str, dict]) -> str:

@@ -262,6 +262,7 @@ def test_arrangements_by_hand():
     expected = {"baseline": ("bundles", dict.fromkeys(trains, set(BUNDLES))), "ssl_rl_separate": ("bundles", trains),
                 "single_adapter": ("one_bundle", dict.fromkeys(trains, {"b_all"})), "larger_rl": ("bundles_rl2", trains),
                 "partial_overlap": ("bundles", overlap), "value_head_only": ("bundles", trains | {"value_loss": set()}),
+                "baseline_value_head": ("bundles", dict.fromkeys(trains, set(BUNDLES)) | {"value_loss": set()}),
                 "placebo": ("bundles", trains | {"lm_loss": {"b_rl_policy", "b_rl_value"}, "policy_loss": {"b_ssl_semantic"},
                                                  "value_loss": {"b_ssl_main"}})}  # fmt: skip
     assert list(BUNDLES.items()) == [("b_ssl_main", 0.18), ("b_ssl_semantic", 0.12), ("b_rl_policy", 0.1), ("b_rl_value", 0.08),

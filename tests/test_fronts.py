@@ -1,6 +1,7 @@
 """fronts.py: which points no other beats, and what the table says of planted runs."""
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 import analyze
 from experiments import Run
-from fronts import COST, GAIN, front, price_plane, price_table
+from fronts import COST, GAIN, cost_at, equal_gain_table, front, price_paths, price_plane, price_table
 
 
 def test_a_front_is_what_nothing_beats():
@@ -40,7 +41,31 @@ def test_the_table_and_the_plane_of_planted_runs():
     assert drawn["a"] == pytest.approx(np.array([(0.2, 0.3), (0.5, 0.5)]))
 
 
+def test_the_cost_of_a_gain_is_read_off_the_path():
+    points = [(0.0, 0.0), (0.5, 1.0), (0.2, 0.8), (3.0, 2.0)]
+    assert cost_at(points, 1.0) == pytest.approx(0.5) and cost_at(points, 2.0) == pytest.approx(3.0)
+    assert cost_at(points, 0.5) == pytest.approx(math.sqrt(1.5) - 1), "halfway in log(1 + cost)"
+    assert cost_at(points, 1.4) == pytest.approx(math.sqrt(1.2 * 4) - 1) and math.isnan(cost_at(points, 2.1))
+
+
+def test_equal_gains_and_paths_of_planted_runs():
+    def run(arm, seed, points):
+        lines = [{"step": i, f"both/{COST}": cost, f"both/{GAIN}": gain} for i, (cost, gain) in enumerate(points, 1)]
+        return Run(arm, {}, seed, Path(f"{arm}{seed}"), {}, {"both": {COST: points[-1][0], GAIN: points[-1][1]}}, lines, "")
+
+    runs = [run("a", 1, [(0.1, 0.5), (0.5, 1.0)]), run("a", 2, [(0.3, 0.5), (0.5, 1.0)]), run("b", 1, [(0.0, 0.25), (0.0, 0.6)]),
+            run("b", 2, [(0.0, 0.1), (0.1, 0.4)])]  # fmt: skip
+    heads, rows = equal_gain_table(runs)
+    assert heads[2:] == ["at gain 0.25", "at gain 0.50", "at gain 0.75", "at gain 1.00"]
+    assert rows[0][3].startswith("0.200 ± ") and rows[0][5].startswith("0.500")
+    assert rows[1][3].endswith("(1 of 2)") and rows[1][4:] == ["never (0 of 2)"] * 2
+    axes = price_paths(runs, analyze.PALETTE).axes
+    own = {line.get_label(): line.get_xydata() for line in axes[0].lines}
+    assert own["a"] == pytest.approx(np.array([(0, 0), (0.2, 0.5), (0.5, 1.0)])) and [a.get_title() for a in axes] == ["a", "b"]
+
+
 def test_runs_without_a_price_have_no_plane():
+    assert price_paths([], analyze.PALETTE) is None and equal_gain_table([])[1] == []
     runs = [Run("a", {}, 1, Path("a"), {}, {"both": {"task": 1.0}}, [], "")]
     assert price_plane(runs, analyze.PALETTE) is None and price_table(runs)[1] == []
 

@@ -50,7 +50,7 @@ def moved(folder) -> set[str]:
 def test_a_run_keeps_what_routing_protects_and_eval_run_judges_it_again(tmp_path, script):
     folder = tmp_path / "run"
     verdict = run(folder, "--loss_routes", "ssl_rl_separate", "--weight_decay", "0.1", script=script)
-    assert list(verdict["modes"]) == ["untrained", "both", "rl_half", "rl_off"]
+    assert list(verdict["modes"]) == ["untrained", "both", "rl_half", "rl_off", "value_off"]
     routed = {"policy_loss"} if script == "dpo" else set(rl_ppo.LOSSES)
     assert moved(folder) == {name for loss in routed for name in SEPARATE[loss]}
     taught = [float(t.abs().max()) for name, t in load_file(folder / "reference.safetensors").items() if name.endswith(".Q")]
@@ -212,9 +212,13 @@ def test_an_algorithm_without_routes_per_loss_is_refused():
         train_ppo.parse(["--algorithm", "rl_grpo"])
 
 
-def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is():
+def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = Path(train_ppo.__file__).parent / "configs" / "isolation.yaml"
     file = plans.read_experiment(path)
+    with pytest.raises(ValueError, match="arm baseline: --reward output/dialogue_reward: .* which train_reward.py makes"):
+        plans.plan(file, evaluate=False)
+    Path("output/dialogue_reward").mkdir(parents=True)
     _, planned = plans.plan(file, evaluate=False)
     by_arm = {}
     for item in planned:
@@ -225,6 +229,7 @@ def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is():
             for item in planned if item.arm in ("baseline", "ssl_rl_separate")]  # fmt: skip
     assert all(config == same[0] for config in same), "the claim's arms differ in their routes alone"
     assert {"placebo", "lora", "full"} <= {arm for arm, _ in by_arm}
+    assert {item.script.path.name for item in planned if item.arm.startswith("dpo")} == {"train_dpo.py"}
     for h in read_hypotheses(file["hypotheses"]):
         for cell in (h.of, h.against):
             assert cell is None or (cell["arm"], cell["beta"]) in by_arm, h.name

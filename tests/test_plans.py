@@ -48,6 +48,25 @@ def test_arms_grid_and_names():
     assert " ".join(first.words) == "--max_steps 5 --beta 1e-3 --seed 42 --threads 1 --output_dir output/experiment/none_s42"
 
 
+def test_an_arm_with_a_script_of_its_own_takes_none_of_the_common_flags():
+    Path("other.py").write_text(Path(FAKE).read_text().replace("beta", "gamma"))
+    arms = """
+fixed: {max_steps: 5}
+grid: {beta: [0.1, 0.2]}
+arms:
+  none: {}
+  other: {script: other.py, gamma: 0.5, grid: {seed: [1]}}
+"""
+    _, planned = plan(file_of(arms), evaluate=False)
+    assert [(run.name, run.script.path.name) for run in planned] == [
+        ("none_b0.1", Path(FAKE).name), ("none_b0.2", Path(FAKE).name), ("other_s1", "other.py"),
+    ]  # fmt: skip
+    assert "--max_steps" not in planned[-1].words and planned[-1].config["gamma"] == 0.5
+    assert commands_of(planned[-1])["train"][1].endswith("other.py")
+    with pytest.raises(ValueError, match="arm other: script must be text, not 3"):
+        file_of("arms: {other: {script: 3}}")
+
+
 def test_the_command_line_wins_over_arms_and_file_and_a_fixed_flag_is_swept_no_more():
     _, planned = plan(file_of(ARMS), given={"seed": "7", "max_steps": "2"}, swept={"beta": ["0.1", "0.10000001"]})
     assert [run.name for run in planned] == [
