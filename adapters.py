@@ -181,14 +181,15 @@ class DeltaSLinear(LoRALinear):
         active = self.active()
         if not active:
             return self.base(x)
-        if x.dtype != self.V.dtype:
-            return self.beside(x)
+        (outputs, inputs), rows = self.base.weight.shape, x.numel() // x.shape[-1]
+        if x.dtype != self.V.dtype or rows * (outputs + inputs) < outputs * inputs:
+            return self.beside(x)  # for so few rows a merged weight costs more, and each call keeps its own for its backward pass
         gates = [self.adapter.gates[name] for name, _, _ in active]
         deltas = [branch.delta for _, branch, _ in active]
         return AddDeltas.apply(x, self.base.weight, self.base.bias, self.U, self.V, [s for *_, s in active], gates, *deltas)
 
     def beside(self, x):
-        """Unmerged: in fp32 beside a base in bfloat16, which would round small branches away. The slow twin of `forward`."""
+        """Unmerged: for few rows, and in fp32 beside a base in bfloat16, which would round small branches away. A slow twin."""
         inner = F.linear(x.to(self.V.dtype), self.V)  # (..., R)
         mixed = torch.zeros_like(inner)
         for name, branch, scale in self.active():

@@ -82,24 +82,30 @@ class AddBranches(torch.autograd.Function):
     def forward(ctx, x, weight, bias, scales: list[float], gates: list[Gate], *pairs):
         if weight.requires_grad:
             raise RuntimeError("a base weight under branches must be frozen: its gradient is not computed here")
-        A, B = torch.cat(pairs[0::2]), torch.cat(pairs[1::2], dim=1)  # (R, in), (out, R)
         ranks = [a.shape[0] for a in pairs[0::2]]
         flat = x.reshape(-1, x.shape[-1])
         scale = None
         if any(s != 1 for s in scales):
-            scale = torch.cat([torch.full((r,), float(s), dtype=A.dtype, device=A.device) for r, s in zip(ranks, scales)])
-            B = B * scale
+            scale = torch.cat([pairs[0].new_full((r,), float(s)) for r, s in zip(ranks, scales)])
+        A, B = AddBranches.stacked(pairs, scale)
         inner = product(flat.to(A.dtype), A)  # (N, R)
         y = product(flat, weight, bias)
         y += product(inner, B)
-        ctx.save_for_backward(flat, inner, A, B, weight)
+        ctx.save_for_backward(flat, inner, weight, *pairs)  # not A and B, which are larger than a single token's activations
         ctx.shape, ctx.ranks, ctx.scale, ctx.gates = x.shape, ranks, scale, gates
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # A, B and inner are saved as constants: a second derivative would silently be wrong
+    def stacked(pairs, scale):
+        """A (R, in) and, scaled, B (out, R) of all branches."""
+        A, B = torch.cat(pairs[0::2]), torch.cat(pairs[1::2], dim=1)
+        return A, B if scale is None else B * scale
+
+    @staticmethod
+    @once_differentiable  # A, B and inner count as constants: a second derivative would silently be wrong
     def backward(ctx, grad):
-        x, inner, A, B, weight = ctx.saved_tensors
+        x, inner, weight, *pairs = ctx.saved_tensors
+        A, B = AddBranches.stacked(pairs, ctx.scale)
         grad = grad.reshape(-1, grad.shape[-1])
         exact = grad.to(B.dtype)
         grad_inner = product(exact, B.t())  # (N, R)

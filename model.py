@@ -305,13 +305,13 @@ class Cache:
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.upto = 0
 
-    def update(self, layer: int, k, v):
-        """Writes k, v (B, KV, T, D) and returns the views that attention reads."""
+    def attend(self, layer: int, q, k, v, bias, causal: bool):
+        """Writes k, v (B, KV, T, D), then `attend` of q (B, H, T, D) to all that is there."""
         keys, values = self.keys[layer], self.values[layer]
         slots = self.slot if k.shape[2] == 1 else self.slot + torch.arange(k.shape[2], device=k.device)
         keys.index_copy_(2, slots, k)
         values.index_copy_(2, slots, v)
-        return keys[:, :, : self.upto], values[:, :, : self.upto]
+        return attend(q, keys[:, :, : self.upto], values[:, :, : self.upto], bias, causal)
 
 
 class Norm(nn.Module):
@@ -359,9 +359,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, bias, causal, cache):
         q, k, v = self.qkv(x, rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = attend(q, k, v, bias, causal)
+        y = attend(q, k, v, bias, causal) if cache is None else cache.attend(self.layer, q, k, v, bias, causal)
         return getattr(self, self.output)(y.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
