@@ -1,6 +1,6 @@
 """Projection in a training loop: whence the axes come, when they are made afresh, and what is logged of them.
 
-    projector = Projector(model, tokenizer, config)          # config inherits `Flags`; made only where a basis is asked for
+    projector = Projector(model, tokenizer, config)           # config inherits `Flags`; without a basis it only steps
     projector.refresh(step)                                   # before the update: the basis, where it is due
     metrics = projector.project() | ... | projector.step(optimizer)
 
@@ -88,16 +88,22 @@ class Flags:
 
 
 class Projector:
-    """A basis through a run. `branch`: whose gradients are projected."""
+    """A basis through a run. `branch`: whose gradients are projected, the good one's or, where there is none, those of all.
+
+    Raises ValueError where --removed route has no branch of the same basis to go to.
+    """
 
     def __init__(self, model, tokenizer, config, temperature: float = 1.0):
         self.model, self.config, self.temperature = model, config, temperature
         groups = branch_parameters(model)
-        self.branch = "good" if "good" in groups else next(iter(groups))
-        self.parameters = groups[self.branch]
+        self.branch = "good" if "good" in groups else "all"
+        projected = [groups["good"]] if "good" in groups else groups.values()
+        self.parameters = {name: p for group in projected for name, p in group.items()}
         self.basis, self.directions, self.live = None, None, deque(maxlen=LIVE_MOST)
         self.sources, self.seen, self.contributions = {}, None, {}  # of a step: gradients by source, their sum so far, rows alone
-        if config.basis != "live":
+        if config.removed == "route" and model.adapter.spec.kind not in ("delta_s", "lora_b"):
+            raise ValueError("--removed route: the branches of this adapter share no basis; those of --lora_config ds or r32o do")
+        if config.basis not in ("", "live"):
             kind = config.basis if config.basis in ("clean", "placebo") else "hack"
             chosen, held_out = authored(tokenizer, config.pairs, config.pair_count, kind)
             self.pairs, self.held_out = [*chosen, *held_out], len(held_out)
@@ -125,7 +131,7 @@ class Projector:
     def refresh(self, step: int) -> dict[str, float]:
         """Makes the basis at the first step and, where that was asked for, every so many; what changed, to log."""
         every = self.config.basis_refresh
-        if step % every if every else self.basis is not None:
+        if not self.config.basis or (step % every if every else self.basis is not None):
             return {}
         live = self.config.basis == "live"
         if live and len(self.live) < LIVE_LEAST:

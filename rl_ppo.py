@@ -13,6 +13,7 @@ Departures:
 - KL is counted once: as k1 in the reward, or as a loss, exact over the vocabulary. Entropy is exact as well.
 - Losses are means over the valid tokens of a minibatch. They stay apart until `backward`: each may train branches of its own.
 - Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses.
+- Projection is of every minibatch's gradient (or step), before it is clipped; the value head's is left alone.
 """
 import copy
 import math
@@ -27,13 +28,14 @@ from adapters import adapter_tensors, branch_parameters, reference, set_adapter_
 from data import left_pad
 from envs import DetectorWatch
 from losses import k1, k3, token_law, token_weights
+from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
 LOSSES = ("policy_loss", "value_loss", "entropy_loss", "kl_loss")
 
 
 @dataclass
-class Config:
+class Config(Flags):
     routing: str = "none"
     """none, or dual: two branches, flagged samples train only the bad one"""
     routing_mode: str = "exclusive"
@@ -109,19 +111,25 @@ class Config:
         for name in (*rates, "value_coef", "entropy_coef", "target_kl", "micro_batch_size", "warmup_steps", "flow_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("routing_mode", "bad_lr_scale", "placebo") if self.routing == "none" else ():
+        idle = () if self.routing == "dual" else ("routing_mode", "placebo")
+        for name in idle if self.dual else (*idle, "bad_lr_scale"):  # --removed route has a bad branch too
             if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
         if self.loss_routes and self.routing == "dual":
             raise ValueError("--loss_routes routes by loss, --routing dual by sample: choose one")
         if self.loss_routes:
             routing.arrangement(self.loss_routes)
+        if self.removed == "route" and (self.routing == "dual" or self.loss_routes):
+            raise ValueError("--removed route has a bad branch learn what projection removes: leave --routing and --loss_routes")
+        if self.basis == "live":
+            raise ValueError("--basis live contrasts completions of one prompt; PPO samples one of each: rl_grpo or rl_reinforce")
         self.law()
+        self.check_projection()
 
     @property
     def dual(self) -> bool:
         """Whether there are two branches, good and bad."""
-        return self.routing == "dual"
+        return self.routing == "dual" or self.removed == "route"
 
     @property
     def uses_labels(self) -> bool:
@@ -334,12 +342,14 @@ def shares(rollout: Rollout, rows):
     return share
 
 
-def gradients(model, value_head, rollout: Rollout, seen: Experience, rows, routes, router, config: Config) -> dict[str, float]:
-    """Adds the gradients of a minibatch, `rows` (n,) of a rollout. Returns its losses and what to log."""
-    share, sums = shares(rollout, rows), []
+def gradients(model, value_head, rollout: Rollout, seen: Experience, rows, routes, router, config: Config, norms=None):
+    """Adds the gradients of a minibatch, `rows` (n,) of a rollout. Returns its losses and what to log; norms: a list that gains
+    the gradient norm of each micro-batch."""
+    share, sums, norms = shares(rollout, rows), [], [] if norms is None else norms
     for part in micro_batches(rollout, rows, config.micro_batch_size):
         losses, shown = losses_of(model, value_head, rollout, seen, part, share, config)
-        with routing.gates(model, **{name: w if w is None else w[part] for name, w in routes.items()}):
+        measured = routing.measured(model, norms, share[part].sum().item())
+        with measured, routing.gates(model, **{name: w if w is None else w[part] for name, w in routes.items()}):
             backward(losses, router)
         sums.append({name: x.detach() for name, x in (losses | shown).items()})
     return {name: torch.stack([s[name] for s in sums]).sum().item() for name in sums[0]}
@@ -353,19 +363,23 @@ def flow(model, value_head, rollout: Rollout, seen: Experience, router, config: 
     return {f"flow/{loss}/{branch}": norm for loss, row in norms.items() for branch, norm in row.items()}
 
 
-def update(model, value_head, optimizer, rollout, seen: Experience, is_rh, config: Config, generator, router=None):
+def update(model, value_head, optimizer, rollout, seen: Experience, is_rh, config: Config, generator, projector, router=None):
     """Minibatch epochs on a rollout, until they are done or the policy is too far from the one that sampled it.
 
     Returns means over the steps taken. Raises FloatingPointError for a number that is not finite, with weights and optimizer
     as they were.
     """
     routes = routing.sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
+    if config.removed == "route":  # the bad branch learns what is removed from the good one's gradient, nothing else
+        routes["bad"] = torch.zeros(len(is_rh), device=is_rh.device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in parameters], copy.deepcopy(optimizer.state_dict())
-    history, stopped = [], False
+    history, micro_norms, stopped = [], [], False
     for rows in minibatches(len(rollout.tokens), config.num_epochs, config.num_minibatches, generator):
         optimizer.zero_grad(set_to_none=True)
-        metrics = gradients(model, value_head, rollout, seen, rows.to(rollout.mask.device), routes, router, config)
+        found = []
+        metrics = gradients(model, value_head, rollout, seen, rows.to(rollout.mask.device), routes, router, config, found)
+        metrics |= {"loss": sum(metrics[name] for name in config.weights())} | projector.project()
         norms = routing.clip_per_branch(model, config.max_grad_norm)
         norms["value_head"] = nn.utils.clip_grad_norm_(value_head.parameters(), config.max_grad_norm or math.inf).item()
         metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
@@ -377,9 +391,9 @@ def update(model, value_head, optimizer, rollout, seen: Experience, is_rh, confi
             raise FloatingPointError(f"{what} (lower --lr {config.lr}?); the weights are as before this step")
         if stopped := bool(history) and 0 < config.target_kl < metrics["approx_kl"]:
             break
-        optimizer.step()
-        history.append(metrics)
-    totals = {name: sum(m[name] for m in history) / len(history) for name in history[0]}
+        history.append(metrics | projector.step(optimizer))
+        micro_norms += found
+    totals = {name: sum(m[name] for m in history) / len(history) for name in history[0]} | routing.norm_figures(micro_norms)
     return totals | {"optimizer_steps": len(history), "stopped_early": float(stopped)}
 
 
@@ -401,6 +415,7 @@ class Trainer:
         groups.append({"params": list(self.value_head.parameters()), "rate": config.value_lr})
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.prompts, self.router = env.prompts("train"), loss_router(model, config)
+        self.projector = Projector(model, tokenizer, config, config.temperature)
 
     def step(self) -> tuple[dict[str, float], str]:
         """One step: sample, score, credit over time, minibatch epochs. Returns metrics and a sample to read."""
@@ -424,7 +439,8 @@ class Trainer:
             metrics |= flow(self.model, self.value_head, rollout, seen, self.router, config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate(step, config)
-        metrics |= update(self.model, self.value_head, self.optimizer, rollout, seen, *rest, generator, self.router)
+        metrics |= self.projector.refresh(step)
+        metrics |= update(self.model, self.value_head, self.optimizer, rollout, seen, *rest, generator, self.projector, self.router)
         clock.append(time.perf_counter())
         self.steps_done += 1
         metrics |= describe(rollout, seen, scores, is_rh) | {"lr": config.lr * rate(step, config)}
@@ -441,19 +457,20 @@ class Trainer:
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if self.steps_done == 0 and abs(kl) > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {kl}: a branch does not start at zero")
-        return {"logprob_gap": gap, "kl": kl}
+        return {"logprob_gap": gap, "kl": kl, "kl_completion": seen.kl.sum(1).mean().item()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
         watch = {"paid": self.watch.paid, "hits": self.watch.hits}
         rest = {"value_head": self.value_head.state_dict(), "optimizer": self.optimizer.state_dict(), "watch": watch}
-        return adapter_tensors(self.model), rest | {"steps_done": self.steps_done}
+        return adapter_tensors(self.model), rest | {"steps_done": self.steps_done, "projector": self.projector.state()}
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
         set_adapter_tensors(self.model, tensors, "checkpoint")
         self.value_head.load_state_dict(state["value_head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.watch, self.steps_done = DetectorWatch(**state["watch"]), state["steps_done"]
+        self.projector.restore(state["projector"])
 
 
 def describe(rollout: Rollout, seen: Experience, scores, is_rh) -> dict[str, float]:

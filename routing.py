@@ -16,6 +16,7 @@ One pass must equal two: `two_pass_backward` is the slow reference, homogeneous 
 removed by parameter hooks, as in the experiments this follows (Cloud et al. 2024, https://arxiv.org/abs/2410.04332).
 One routed backward per loss must equal `torch.autograd.grad(loss, the parameters it may train)`.
 """
+import statistics
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 
@@ -197,6 +198,27 @@ def norm(gradients: list[torch.Tensor | None]) -> float:
 def gradient_flow(model: Decoder) -> dict[str, float]:
     """Norm of the present gradient of each branch; a branch without any gradient has norm 0."""
     return {branch: norm([p.grad for p in group.values()]) for branch, group in branch_parameters(model).items()}
+
+
+@contextmanager
+def measured(model: Decoder, norms: list[float], share: float = 1.0):
+    """Appends to `norms` the norm of the gradient that backward passes inside the block add, of all branches together and over
+    `share`: what the micro-batch counts in its batch, so that the norm is of its own mean loss. `.grad` ends as without the block.
+    """
+    parameters = [p for group in branch_parameters(model).values() for p in group.values()]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    yield
+    norms.append(norm([p.grad for p in parameters]) / share)
+    for p, old in zip(parameters, before):
+        if old is not None:
+            p.grad = old if p.grad is None else old.add_(p.grad)
+
+
+def norm_figures(norms: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation (0 of a single one) of the gradient norms of a step's micro-batches."""
+    return {"grad_norm_mean": statistics.fmean(norms), "grad_norm_std": statistics.stdev(norms) if len(norms) > 1 else 0.0}
 
 
 def clip_per_branch(model: Decoder, max_norm: float) -> dict[str, float]:
