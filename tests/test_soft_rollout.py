@@ -215,7 +215,7 @@ def test_ends_by_hand():
 
 def test_tokens_end_where_the_largest_entry_says(monkeypatch):
     for hard in (False, True):
-        r = roll(policy(head=0.5), tau=2.0, length=8, hard=hard)
+        r = roll(policy(head=0.5), tau=2.0, length=5, hard=hard)
         first = [(row.tolist() + [EOS]).index(EOS) for row in r.tokens]
         assert r.mask.sum(1).tolist() == [min(n + 1, r.mask.shape[1]) for n in first]
         assert r.finished.any() and not r.finished.all()
