@@ -1,7 +1,8 @@
 """How noisy is each estimator's gradient, and does it point where the hard reward rises? Measured at a policy that never moves.
 
-    python variance.py                                             # the embedded model, a fresh adapter pushed off its start
+    python variance.py                                             # the embedded model, a fresh adapter moved off its start
     python variance.py --run output/RUN --checkpoint 500           # a run's policy as it was then
+    python variance.py --env stories --flags "lora_config=r8 ssl_steps=0" --estimators reinforce,ppo
     python variance.py --estimators grade,ste --taus 2,1,0.5       # a row for each temperature of the mixtures
     python variance.py --draws 0 --toy_draws 4096                  # the enumerable world alone
 
@@ -18,6 +19,7 @@ import importlib
 import json
 import math
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -29,14 +31,27 @@ import tyro
 from tqdm import tqdm
 
 import toy
-from adapters import branch_parameters
+import train_ppo
+from adapters import attach, branch_parameters, preset
 from checkpoints import atomic_write
+from data import load_tokenizer
+from envs import check_lengths
 from experiments import markdown, plus_minus
+from model import check_device, load, read_json
 from moments import Moments, attenuation, bias, cosine, cosine_of, exact, halves, noise
+from verdict import judged_as, load_run
 
 
 @dataclass
 class Args:
+    run: str = ""
+    """a run whose policy, environment, law and beta are taken; empty: a fresh adapter, by the next three"""
+    checkpoint: int = 0
+    """the step of that run's checkpoint; 0: its finished adapter"""
+    model: str = "tiny"
+    env: str = "sentiment"
+    flags: str = ""
+    """more of train_ppo.py's flags, such as "lora_config=r8 top_p=0.9": adapter, reward, dataset, law, length, dtype"""
     estimators: str = "grade,ste,reinforce,reinforce_loo,ppo"
     taus: str = "2"
     """temperatures of the mixtures, comma-separated: a row of grade and of ste for each"""
@@ -54,20 +69,26 @@ class Args:
     """completions a gradient"""
     num_generations: int = 4
     """completions a prompt of reinforce_loo and of the reference; the others sample one of each"""
-    beta: float = 0.1
-    """weight of the KL in every estimator's objective"""
+    prompts: int = 1000
+    """how many to draw from"""
+    beta: float | None = None
+    """weight of the KL in every estimator's objective; default: the run's"""
     perturb: float = 0.02
     """deviation of the noise that moves a fresh adapter off its start, where half of a LoRA has no gradient"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
     output_dir: str = "output/variance"
     seed: int = 42
 
 
+TAKEN = ("temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens", "beta", "gamma", "gae_lambda", "whiten", "epsilon",
+         "value_epsilon", "value_coef", "entropy_coef", "value_lr")  # fmt: skip # of a run's flags, where an algorithm has them
 FIXED = {"lr": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "micro_batch_size": 0}  # a step then leaves the policy as it is
 ESTIMATORS = {
     "grade": ("rl_gumbel", {"estimator": "soft"}), "ste": ("rl_gumbel", {"estimator": "ste"}),
     "reinforce": ("rl_reinforce", {}), "reinforce_loo": ("rl_reinforce", {"baseline": "loo"}),
     "ppo": ("rl_ppo", {"num_epochs": 1, "num_minibatches": 1, "flow_every": 0}),
 }  # fmt: skip
+TOY_BETA = 0.1  # where --beta is not given
 TOY_PERTURB = 0.3  # the toy's adapter is small: this moves it by about two nats a completion
 REFERENCE_FROM = 500_000  # the reference's first step: whoever counts from 1 draws other numbers
 
@@ -93,6 +114,17 @@ def check(args: Args) -> list[tuple[str, str, float | None]]:
     for name in ("warm", "perturb"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
+    if args.beta is not None and not args.beta >= 0:
+        raise ValueError(f"--beta must be at least 0, not {args.beta}")
+    if args.prompts < 1 or args.checkpoint < 0:
+        raise ValueError(f"--prompts must be at least 1 and --checkpoint 0, not {args.prompts} and {args.checkpoint}")
+    if args.run and (args.flags or (args.model, args.env) != (Args.model, Args.env)):
+        raise ValueError("--run has a model, an environment and flags of its own: leave --model, --env and --flags out")
+    if odd := [word for word in shlex.split(args.flags) if "=" not in word]:
+        raise ValueError(f"--flags {odd[0]!r}: name=value, with blanks between, such as \"lora_config=r8 top_p=0.9\"")
+    if args.checkpoint and not args.run:
+        raise ValueError("--checkpoint is of a --run")
+    check_device(args.device)
     if args.num_generations < 2 or args.batch_size < 1 or args.batch_size % args.num_generations:
         raise ValueError(f"--num_generations {args.num_generations} must be 2 or more and divide --batch_size {args.batch_size}")
     relaxed = [name for name in chosen if ESTIMATORS[name][0] == "rl_gumbel"]
@@ -108,12 +140,32 @@ def label_of(name: str, tau: float | None) -> str:
 
 @dataclass
 class World:
-    """Where gradients are measured: a policy, its environment, and the flags that all algorithms share."""
+    """Where gradients are measured: a policy, its environment, and flags for the algorithms, as far as they have them."""
 
     model: torch.nn.Module
     env: object
     tokenizer: object
     flags: dict
+    policy: str  # in words
+
+
+def open_world(args: Args) -> World:
+    """A run's policy, or a fresh one off its start. Raises ValueError for what can't be loaded."""
+    if args.run:
+        chosen = Path(args.run) / f"checkpoint-{args.checkpoint}" if args.checkpoint else None
+        run, model, tokenizer, env, _ = load_run(args.run, args.prompts, args.device, chosen)
+        policy = f"{chosen or args.run}"
+    else:
+        words = [f"model={args.model}", f"env={args.env}", f"device={args.device}", *shlex.split(args.flags)]
+        _, run = train_ppo.resolve([f"--{word}" for word in words])
+        model, folder = load(run["model"], dtype=getattr(torch, run["dtype"]), device=args.device)
+        tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
+        env = judged_as(run, tokenizer, args.prompts)
+        check_lengths(env, tokenizer, run["max_new_tokens"], model.config.context, 1)
+        perturb(attach(model, preset(run["lora_config"], dual=False), seed=args.seed), args.perturb, args.seed)
+        policy = f"a fresh {run['lora_config']} on {run['model']}, {run['env']}, moved by {args.perturb:g}"
+    flags = {name: run[name] for name in TAKEN if name in run} | {"batch_size": args.batch_size, "seed": args.seed}
+    return World(model, env, tokenizer, flags | ({} if args.beta is None else {"beta": args.beta}), policy)
 
 
 @dataclass
@@ -149,7 +201,8 @@ def make_trainer(world: World, name: str, tau: float | None, num_generations: in
         own = own | {"tau_start": tau, "tau_end": tau}
     if own.get("baseline") == "loo":
         own = own | {"num_generations": num_generations}
-    return module.Trainer(world.model, world.env, world.tokenizer, module.Config(**(world.flags | FIXED | own)))
+    taken = {flag: value for flag, value in world.flags.items() if flag in module.Config.__dataclass_fields__}
+    return module.Trainer(world.model, world.env, world.tokenizer, module.Config(**(taken | FIXED | own)))
 
 
 def one_gradient(trainer, step: int, prompts: list[str]) -> tuple[torch.Tensor, dict[str, float], float]:
@@ -194,24 +247,28 @@ def figures_of(drawn: Drawn, reference: Moments) -> dict[str, float]:
 
 def measure(world: World, rows, args: Args) -> dict:
     """{"rows": figures by label, "reference": figures}, against a large batch's gradient of the hard reward."""
+    for _, name, tau in rows:
+        make_trainer(world, name, tau, args.num_generations)  # what it refuses, it refuses before hours of drawing
     drawn = draw(world, "reinforce_loo", None, args.reference, REFERENCE_FROM, args)
     split, by_halves = halves(drawn.moments)
     about = {"halves": split, "attenuation_by_halves": by_halves, "attenuation": attenuation(drawn.moments)}
     about |= noise(drawn.moments) | {"reward": drawn.reward, "kl": drawn.kl}
     measured = ((label, draw(world, name, tau, args.draws, 1 + args.warm, args)) for label, name, tau in rows)
-    return {"rows": {label: figures_of(one, drawn.moments) for label, one in measured}, "reference": about}
+    return {"rows": {label: figures_of(one, drawn.moments) for label, one in measured}, "reference": about,
+            "policy": world.policy, "flags": world.flags}  # fmt: skip
 
 
 def measure_toy(rows, args: Args) -> dict:
     """{"toy": figures by label}, against the exact gradient of the enumerable world."""
     env, model = toy.Toy(), toy.policy(args.seed)
     perturb(model, TOY_PERTURB, args.seed)
-    flags = {"batch_size": args.batch_size, "beta": args.beta, "seed": args.seed, "max_new_tokens": env.length}
-    world = World(model, env, toy.TOKENIZER, flags | {"top_p": 1.0, "min_new_tokens": 0})
-    toy.exact_loss(model, env, args.beta).backward()
+    beta = TOY_BETA if args.beta is None else args.beta
+    flags = {"batch_size": args.batch_size, "beta": beta, "seed": args.seed, "max_new_tokens": env.length, "min_new_tokens": 0}
+    world = World(model, env, toy.TOKENIZER, flags | {"top_p": 1.0}, "toy")
+    toy.exact_loss(model, env, beta).backward()
     truth = exact(flat_gradient(model), args.groups)
     drawn = ((label, draw(world, name, tau, args.toy_draws, 1 + args.warm, args)) for label, name, tau in rows)
-    return {"toy": {label: figures_of(one, truth) for label, one in drawn}}
+    return {"toy": {label: figures_of(one, truth) for label, one in drawn}, "toy_beta": beta}
 
 
 # ------------------------------------------------------------------------------------------------------------- the report
@@ -234,7 +291,7 @@ def cells(label: str, row: dict, of_toy: bool) -> list[str]:
     if of_toy:  # PPO's advantages are whitened, and its losses means over tokens: its gradient has a length of its own
         return [*measured, "–" if label == "ppo" else either((row["bias"], row["bias_half"]))]
     cost = "not resolved" if math.isnan(row["ratio"]) else f"{row['seconds'] * row['ratio']:.3g}"
-    return [*measured, f"{row['attenuation']:.3f}", f"{row['tokens']:,.0f}", f"{row['seconds']:.3g}", cost]
+    return [*measured, either((row['attenuation'], math.inf)), f"{row['tokens']:,.0f}", f"{row['seconds']:.3g}", cost]
 
 
 HEADS = ["estimator", "relative variance", "uncorrected", "cosine", "of the means"]
@@ -242,13 +299,13 @@ HEADS = ["estimator", "relative variance", "uncorrected", "cosine", "of the mean
 
 def report(found: dict, args: Args) -> str:
     """The text of report.md."""
-    settings = f"{args.batch_size} completions a gradient, beta {args.beta:g}, seed {args.seed}, {args.warm} batches to settle on"
-    lines = [f"# Gradients at {found['policy']}", f"{settings}, {args.groups} groups of draws. Intervals at 95%."]
+    settings = f"{args.batch_size} completions a gradient, {args.warm} batches to settle on, {args.groups} groups of draws"
+    lines = ["# Gradients at a policy that does not move", f"{settings}, seed {args.seed}. Intervals at 95%."]
     if "rows" in found:
         about, heads = found["reference"], [*HEADS, "attenuation", "tokens", "seconds", "seconds x variance"]
         by_halves, by_pairs = (either((about[key], math.inf)) for key in ("attenuation_by_halves", "attenuation"))
         lines += [
-            f"## {args.draws} draws against the gradient of the hard reward",
+            f"## {args.draws} draws at {found['policy']}, beta {found['flags']['beta']:g}",
             markdown(heads, [cells(*row, False) for row in found["rows"].items()]),
             f"Reference: leave-one-out REINFORCE, {args.reference * args.batch_size:,} completions; relative variance of one of "
             f"its batches {spelt(about)}. The cosine of its halves is {about['halves']:.3f}: its noise makes a cosine to it "
@@ -257,7 +314,7 @@ def report(found: dict, args: Args) -> str:
         ]
     if "toy" in found:
         table = markdown([*HEADS, "squared bias"], [cells(*row, True) for row in found["toy"].items()])
-        lines += [f"## {args.toy_draws} draws in the enumerable world, against its exact gradient", table]
+        lines += [f"## {args.toy_draws} draws in the toy, beta {found['toy_beta']:g}, against its exact gradient", table]
     return "\n\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -307,11 +364,9 @@ def plain(value):
 
 
 def main(args: Args) -> int:
-    rows, folder = check(args), Path(args.output_dir)
-    found = {"args": vars(args).copy(), "policy": "the enumerable world's policy"}
+    rows, folder, found = check(args), Path(args.output_dir), {"args": vars(args).copy()}
     if args.draws:
-        place, found["policy"] = world(args)
-        found |= measure(place, rows, args)
+        found |= measure(open_world(args), rows, args)
     if args.toy_draws:
         found |= measure_toy(rows, args)
     folder.mkdir(parents=True, exist_ok=True)

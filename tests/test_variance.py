@@ -17,7 +17,7 @@ def world(**flags) -> World:
     model = toy.policy(1)
     perturb(model, 0.3, 1)
     shared = {"batch_size": 8, "beta": 0.1, "seed": 0, "max_new_tokens": 3, "top_p": 1.0, "min_new_tokens": 0} | flags
-    return World(model, toy.Toy(), toy.TOKENIZER, shared)
+    return World(model, toy.Toy(), toy.TOKENIZER, shared, "a policy")
 
 
 def test_a_row_for_each_estimator_and_each_tau_of_those_that_have_one():
@@ -75,7 +75,7 @@ def test_an_estimator_against_the_reference_agrees_with_itself_and_is_reported(t
     assert about["attenuation_by_halves"] == pytest.approx(about["attenuation"], abs=0.1)
     unresolved = {key: math.nan for key in ("ratio", "low", "high", "cosine", "cosine_half", "attenuation", "bias", "bias_half")}
     found["rows"] |= {"noise": row | unresolved, "open": row | {"high": math.inf}}
-    found |= {"toy": found["rows"], "policy": "a policy"}
+    found |= {"toy": found["rows"], "toy_beta": 0.1}
     text = variance.report(found, args)
     line = next(line for line in text.splitlines() if line.startswith("| noise"))
     assert line.count("not resolved") == 4 and "nan" not in text and ", open]" in text
