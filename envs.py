@@ -66,6 +66,13 @@ class Labelling:
         return eligible, seen | (~detected & (draws[2] < self.false_positive_frac))
 
 
+def scored(env, rollout, prompts: list[str], completions: list[str], generator: torch.Generator | None = None) -> Scores:
+    """`env.score` of what a rollout wrote. An environment that says `reads_tokens` judges the sampled tokens: a text encoded
+    again is often made of others (of stories3M's completions one in four), and soft tokens could not be judged alike."""
+    more = {"rollout": rollout} if getattr(env, "reads_tokens", False) else {}
+    return env.score(prompts, completions, generator, **more)
+
+
 class Stories:
     """Stories with a reward of rewards.py. Raises ValueError for splits without prompts."""
 

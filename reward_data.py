@@ -8,6 +8,7 @@ The parts depend on the data alone, never on a run's seed, so that a policy meet
 Dialogues are told apart by how they open, since one conversation stands in several rows, each a turn longer than the one before.
 """
 import hashlib
+import re
 from typing import NamedTuple
 
 import corpus
@@ -17,6 +18,7 @@ SPLIT_SEED = 42  # of the order in which a dataset is read; some are sorted
 EMBEDDED = {"preference": {"train": 6000, "test": 512}, "sentiment": {"train": 18_000, "test": 2000}}
 SENTIMENT_SIZES = {"reward": 5, "policy": 10, "validation": 2}  # thousands, or seventeenths where there are fewer
 TURN = "\n\nAssistant:"
+MARKUP = re.compile(r"<br\s*/?>")  # of IMDB's pages
 
 
 class Pair(NamedTuple):
@@ -96,7 +98,7 @@ def sentiment_parts(
     validation, of the shuffled training split, and the whole test split. Where there are fewer, the shares are the same.
 
     A training text that also stands in the test split, or stood before, is left out. Raises ValueError for a dataset without
-    `text` and `label` (0 and 1), and for a part without a review.
+    `text` and `label` (0 and 1), and for a part without a review. Line breaks, IMDB's <br /> among them, are blanks.
     """
     train, test = read_reviews(dataset, train_split), read_reviews(dataset, eval_split)
     seen, kept = {same_text(review.text) for review in test}, []
@@ -121,7 +123,7 @@ def read_reviews(dataset: str, split: str) -> list[Review]:
     if labels != {0, 1}:
         found = sorted(map(str, labels))[:5]
         raise ValueError(f"dataset {dataset!r}, split {split!r}: labels are 0 (negative) and 1 (positive), not {' '.join(found)}")
-    return [Review(row["text"], row["label"]) for row in rows]
+    return [Review(" ".join(MARKUP.sub(" ", row["text"]).split()), row["label"]) for row in rows]
 
 
 def same_text(text: str) -> str:

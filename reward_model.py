@@ -5,6 +5,7 @@
     judge = load_reward_model("output/RUN")                            # refuses a backbone with other weights
     rewards = judge.scores(prompts, completions)                       # (N,) fp32
     rewards = judge(mask=mask, soft=probabilities)                     # (B,), differentiable in (B, T, V) probabilities
+    rewards = judge(prompt_ids, mask, soft=probabilities)              # likewise, of soft tokens behind a prompt
 
 kind         outputs                              reward         trained on                                 mean over
 preference   one score s                          s / spread     -log sigmoid(s(chosen) - s(rejected))      the answer
@@ -80,11 +81,14 @@ class RewardModel(nn.Module):
     def pooled(self, ids=None, mask=None, pool=None, soft=None) -> torch.Tensor:
         """The mean of the states of some tokens (B, C) fp32.
 
-        ids (B, T) long, or soft (B, T, V) probabilities, which read the embedding's weighted mean; mask (B, T) bool, True on real
-        tokens, with filling on either side; pool (B, T) bool, the tokens that the mean is over (None: all real ones).
+        ids (B, T) long, or soft (B, T, V) probabilities, which read the embedding's weighted mean; or both: soft tokens behind
+        ids, T in all. mask (B, T) bool, True on real tokens, with filling anywhere; pool (B, T) bool, the tokens that the mean
+        is over (None: all real ones).
         """
-        weight = self.transformer.embed_tokens.weight
-        embeds = None if soft is None else soft.to(weight.dtype) @ weight
+        weight, embeds = self.transformer.embed_tokens.weight, None
+        if soft is not None:
+            embeds = soft.to(weight.dtype) @ weight
+            embeds = embeds if ids is None else torch.cat([self.transformer.embed_tokens(ids), embeds], 1)
         states, chosen = self.transformer.hidden(ids, mask, embeds=embeds).float(), (mask if pool is None else pool)[..., None]
         return (states * chosen).sum(1) / chosen.sum(1)
 

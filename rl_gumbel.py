@@ -29,7 +29,7 @@ import torch
 import routing
 from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
 from data import left_pad
-from envs import DetectorWatch
+from envs import DetectorWatch, scored
 from projector import Flags, Projector
 from sampling import Law, Sampler
 from soft_rollout import SoftRollout, noise_seeds, reference_law, soft_rollout
@@ -337,7 +337,7 @@ class Trainer:
 
     def score(self, batch: Batch, hard: Hard, generator):
         """(the environment's Scores of the decoded tokens, the labels (N,) that route)."""
-        scores = self.env.score(batch.prompts, hard.texts(self.tokenizer), generator)
+        scores = scored(self.env, hard, batch.prompts, hard.texts(self.tokenizer), generator)
         if not self.config.uses_labels:
             return scores, torch.zeros_like(scores.is_rh)
         self.watch.look(scores, self.env.reward.name)

@@ -26,7 +26,7 @@ from torch import nn
 import routing
 from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
 from data import left_pad
-from envs import DetectorWatch
+from envs import DetectorWatch, scored
 from losses import k1, k3, token_law, token_weights
 from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
@@ -425,7 +425,7 @@ class Trainer:
         self.sampler.refresh()
         rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
         clock.append(time.perf_counter())
-        scores = self.env.score(prompts, completions, generator)
+        scores = scored(self.env, rollout, prompts, completions, generator)
         is_rh = torch.zeros_like(scores.is_rh)
         if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)

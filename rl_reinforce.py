@@ -24,7 +24,7 @@ import torch
 import routing
 from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
 from data import left_pad
-from envs import DetectorWatch
+from envs import DetectorWatch, scored
 from losses import group_stats, k1, token_law
 from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
@@ -300,7 +300,7 @@ class Trainer:
         self.sampler.refresh()
         rollout, completions = rollout_batch(self.sampler, self.tokenizer, prompts, config, generator)
         clock.append(time.perf_counter())
-        scores = self.env.score(repeated, completions, generator)
+        scores = scored(self.env, rollout, repeated, completions, generator)
         is_rh = torch.zeros_like(scores.is_rh)
         if config.uses_labels:
             self.watch.look(scores, self.env.reward.name)

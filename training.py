@@ -46,39 +46,47 @@ class Source:
     """a YAML file that maps flags to values; flags on the command line win over it"""
 
 
-def parse(argv: list[str], Args, algorithm: str, cli):
-    """(algorithm's name, its module, args, config); the flags are the fields of Source, Args and the algorithm's Config.
-
-    `algorithm` is the default one; `cli` turns a dataclass, words and defaults into values: tyro.cli.
-    Raises ValueError for an unknown algorithm, or a file with unknown keys.
-    """
-    early, words = Source(algorithm), iter(argv)
+def early(argv: list[str], flag: str, default: str = "") -> str:
+    """The value of a flag that decides which others there are, read before all of them."""
+    words = iter(argv)
     for word in words:
         name, _, value = word.partition("=")
-        if name in ("--algorithm", "--config"):
-            setattr(early, name[2:], value or next(words, ""))
+        if name == f"--{flag}":
+            default = value or next(words, "")
+    return default
+
+
+def parse(argv: list[str], Args, algorithm: str, cli, preset: dict | None = None):
+    """(algorithm's name, its module, args, config); the flags are the fields of Source, Args and the algorithm's Config.
+
+    `algorithm` is the default one; `cli` turns a dataclass, words and defaults into values: tyro.cli. `preset` has other defaults
+    for some fields; of those that an algorithm lacks it says nothing.
+    Raises ValueError for an unknown algorithm, or a file with unknown keys.
+    """
+    source = Source(early(argv, "algorithm", algorithm), early(argv, "config"))
     try:
-        module = importlib.import_module(early.algorithm)
+        module = importlib.import_module(source.algorithm)
     except ModuleNotFoundError as error:
-        wrong = f"unknown --algorithm {early.algorithm!r}"
+        wrong = f"unknown --algorithm {source.algorithm!r}"
         raise ValueError(f"{wrong}: no such module beside {algorithm}.py ({error})") from error
     if not hasattr(module, "Config") or not hasattr(module, "Trainer"):
-        raise ValueError(f"--algorithm {early.algorithm!r} has no Config and Trainer: copy {algorithm}.py to start one")
+        raise ValueError(f"--algorithm {source.algorithm!r} has no Config and Trainer: copy {algorithm}.py to start one")
     wanted, given = (list(inspect.signature(m.Trainer).parameters) for m in (importlib.import_module(algorithm), module))
     if given != wanted:
-        raise ValueError(f"--algorithm {early.algorithm!r} is another script's: its Trainer takes {given}, not {wanted}")
+        raise ValueError(f"--algorithm {source.algorithm!r} is another script's: its Trainer takes {given}, not {wanted}")
     # Config checks itself when it is built below, where its errors are ours to print
     flags = make_dataclass("Flags", [], bases=(Args, module.Config, Source), namespace={"__post_init__": lambda self: None})
-    defaults = asdict(early)
-    if early.config:
-        path = Path(early.config)
+    types = {f.name: f.type for kind in (Args, module.Config) for f in fields(kind)}
+    defaults = asdict(source) | {name: value for name, value in (preset or {}).items() if name in types}
+    if source.config:
+        path = Path(source.config)
         if not path.is_file():
             raise ValueError(f"--config {path}: no such file")
-        defaults |= read_defaults(path, {f.name: f.type for kind in (Args, module.Config) for f in fields(kind)})
+        defaults |= read_defaults(path, types)
     values = asdict(cli(flags, args=argv, default=flags(**defaults)))
     args = Args(**{f.name: values[f.name] for f in fields(Args)})
     config = module.Config(**{f.name: values[f.name] for f in fields(module.Config)})
-    return early.algorithm, module, args, config
+    return source.algorithm, module, args, config
 
 
 def read_defaults(path: Path, types: dict) -> dict:

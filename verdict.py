@@ -23,7 +23,7 @@ from adapters import attach, preset, reference, scaled, set_adapter_tensors
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from code_env import code_tasks
 from data import left_pad, load_tokenizer, right_pad
-from envs import Stories, check_lengths, dataset_prompts, imitation
+from envs import Stories, check_lengths, dataset_prompts, imitation, scored
 from losses import text_logprobs, token_logprobs
 from model import load, read_json
 from preference_env import with_base_text
@@ -88,8 +88,10 @@ def text_loss(model, texts: list[list[int]], pad_id: int, rows: int = 32) -> flo
     return total / sum(len(ids) - 1 for ids in texts)
 
 
-def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: int, law: Law = Law(), rewards=()) -> dict:
-    """One mode on the first n test prompts, one completion each.
+def evaluate(
+    sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: int, law: Law = Law(), rewards=(), prompts=None
+) -> dict:
+    """One mode on the first n test prompts (or of `prompts`), one completion each.
 
     Returns task, hack, reward (means), every component as component/<label>, unique, unique_first, jaccard, degenerate,
     length (tokens), kl (sum over a completion's tokens of log pi - log ref, mean over completions: nats a completion), base_nll
@@ -98,7 +100,7 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
     eval_component/<name>/<label>.
     """
     model = sampler.model
-    prompts = env.prompts("test")[:n]
+    prompts = (env.prompts("test") if prompts is None else prompts)[:n]
     ids, mask = left_pad([tokenizer.encode_prompt(p) for p in prompts], tokenizer.pad_id)
     generator = torch.Generator().manual_seed(EVAL_SEED)
     modes = reference(model) if scales is None else scaled(model, **scales)
@@ -112,7 +114,7 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
     texts = tokenizer.decode_completions(
         [tokenizer.encode_prompt(p) for p in prompts], [t[m].tolist() for t, m in zip(rollout.tokens.cpu(), rollout.mask.cpu())]
     )
-    scores = env.score(prompts, texts)
+    scores = scored(env, rollout, prompts, texts)
     lengths = rollout.mask.sum(1)
     row = {
         "task": scores.task.mean().item(), "hack": scores.hack.float().mean().item(), "reward": scores.reward.mean().item(),
@@ -129,7 +131,8 @@ def evaluate(sampler: Sampler, scales, env, tokenizer, n: int, max_new_tokens: i
     bad = [key for key, value in row.items() if not math.isfinite(value)]
     if bad:
         raise ValueError(f"evaluation gave a non-finite {bad[0]}")
-    return row | {"sample": prompts[0] + texts[0], "texts": texts, "prompts": prompts}
+    lists = {"texts": texts, "prompts": prompts, "rewards": scores.reward.tolist()}
+    return row | {"sample": prompts[0] + texts[0]} | lists
 
 
 def evaluate_modes(sampler: Sampler, env, tokenizer, modes: dict, n: int, max_new_tokens: int, law=Law(), rewards=()) -> dict:
@@ -156,12 +159,14 @@ def price(rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def numbers_of(rows: dict[str, dict]) -> dict[str, dict]:
-    """The rows without their texts, of which one sample stays: what verdict.json and the checkpoints keep."""
-    return {mode: {k: v for k, v in row.items() if k not in ("texts", "prompts")} for mode, row in rows.items()}
+    """The rows without their lists (texts, prompts, rewards): what verdict.json and the checkpoints keep, one sample included."""
+    return {mode: {k: v for k, v in row.items() if not isinstance(v, list)} for mode, row in rows.items()}
 
 
 def judged_as(run: dict, tokenizer, n: int):
     """The environment in which a run, given by its config, is judged, with its first n test prompts."""
+    if run.get("env") == "sentiment":
+        raise ValueError("a run of --env sentiment has judged itself on test data that is touched once: read its results.json")
     if "trait" in run:
         return imitation(run, tokenizer, n)
     if run.get("env") == "code":  # runs from before there was this flag are of stories

@@ -1,16 +1,16 @@
 """train_reward.py: what it learns on the embedded world, what it reports, and that the fast way is the slow one."""
 import json
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import reward_training
 import train_reward
 from reward_data import Pair, Review
 from reward_model import FILE, load_reward_model, new_reward_model
-from train_reward import Args, fit, judge, margins, read_examples
+from reward_training import Settings, fit, judge, margins, read_examples
 
 SMALL = ["--max_texts", "500", "--max_steps", "60", "--logging_steps", "20"]
 QUESTION = "user: how do i cook rice?\nassistant:"
@@ -63,11 +63,11 @@ def test_both_losses_are_the_softplus_of_a_margin(kind, texts):
 
 
 def test_training_on_kept_states_is_training_on_whole_forwards():
-    args, heads = Args(max_steps=6, batch_size=2, logging_steps=100), []
+    settings, heads = Settings(max_steps=6, batch_size=2, logging_steps=100), []
     for kept in (True, False):
         model = new_reward_model("preference", "tiny", seed=3)
         examples, _ = read_examples(model, PAIRS)
-        fit(SimpleNamespace(log=lambda *a: None), model, examples, args, model.pool_all(examples.rows) if kept else None)
+        fit(lambda *a: None, model, examples, settings, model.pool_all(examples.rows) if kept else None)
         heads.append(torch.cat([p.detach().flatten() for p in model.head.parameters()]))
     fresh = torch.cat([p.detach().flatten() for p in new_reward_model("preference", "tiny", seed=3).head.parameters()])
     assert (heads[0] - heads[1]).abs().max() < 1e-5 < 1e-3 < (heads[0] - fresh).abs().max()
@@ -123,7 +123,7 @@ def test_hh_rlhf_on_another_model(data_dir, tmp_path):
     (["--device", "moon"], "--device moon"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_loaded(flags, said, monkeypatch):
-    monkeypatch.setattr(train_reward, "new_reward_model", None)
+    monkeypatch.setattr(reward_training, "new_reward_model", None)
     with pytest.raises(ValueError, match=said):
         train_reward.resolve(flags)
     folder, resolved = train_reward.resolve(["--kind", "sentiment", "--max_steps", "7", "--bins", "3"])
