@@ -1,8 +1,8 @@
 """How noisy is each estimator's gradient, and does it point where the hard reward rises? Measured at a policy that never moves.
 
     python variance.py                                             # the embedded model, a fresh adapter moved off its start
-    python variance.py --run output/RUN --checkpoint 500           # a run's policy as it was then
-    python variance.py --env stories --flags "lora_config=r8 ssl_steps=0" --estimators reinforce,ppo
+    python variance.py --run results/ppo --checkpoint 500          # a run's policy as it was then
+    python variance.py --flags "lora_config=r8 top_p=1"            # a fresh one, by more of train_reinforce.py's flags
     python variance.py --estimators grade,ste --taus 2,1,0.5       # a row for each temperature of the mixtures
     python variance.py --draws 0 --toy_draws 4096                  # the enumerable world alone
 
@@ -22,7 +22,8 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -30,28 +31,26 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import estimators
+import runs
 import toy
-import train_ppo
-from adapters import attach, branch_parameters, preset
-from checkpoints import atomic_write
-from data import load_tokenizer
-from envs import check_lengths
+from adapters import branch_parameters, set_adapter_tensors
+from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from experiments import markdown, plus_minus
-from model import check_device, load, read_json
+from model import check_device
 from moments import Moments, attenuation, bias, cosine, cosine_of, exact, halves, noise
-from verdict import judged_as, load_run
 
 
 @dataclass
 class Args:
     run: str = ""
-    """a run whose policy, environment, law and beta are taken; empty: a fresh adapter, by the next three"""
+    """a run of train_gumbel.py, train_reinforce.py or train_ppo.py --env sentiment: its policy, prompts, judge, law and beta"""
     checkpoint: int = 0
-    """the step of that run's checkpoint; 0: its finished adapter"""
+    """the step of that run's checkpoint; 0: its last one"""
     model: str = "tiny"
-    env: str = "sentiment"
+    """without --run, a fresh adapter on this model: tiny, a local Hugging Face folder, or a Hub id"""
     flags: str = ""
-    """more of train_ppo.py's flags, such as "lora_config=r8 top_p=0.9": adapter, reward, dataset, law, length, dtype"""
+    """without --run, more of train_reinforce.py's flags, such as "lora_config=r8 top_p=1": adapter, reviews, judge, law"""
     estimators: str = "grade,ste,reinforce,reinforce_loo,ppo"
     taus: str = "2"
     """temperatures of the mixtures, comma-separated: a row of grade and of ste for each"""
@@ -69,8 +68,6 @@ class Args:
     """completions a gradient"""
     num_generations: int = 4
     """completions a prompt of reinforce_loo and of the reference; the others sample one of each"""
-    prompts: int = 1000
-    """how many to draw from"""
     beta: float | None = None
     """weight of the KL in every estimator's objective; default: the run's"""
     perturb: float = 0.02
@@ -80,8 +77,7 @@ class Args:
     seed: int = 42
 
 
-TAKEN = ("temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens", "beta", "gamma", "gae_lambda", "whiten", "epsilon",
-         "value_epsilon", "value_coef", "entropy_coef", "value_lr")  # fmt: skip # of a run's flags, where an algorithm has them
+TAKEN = ("temperature", "top_k", "top_p", "min_new_tokens", "max_new_tokens", "beta")  # of a run
 FIXED = {"lr": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "micro_batch_size": 0}  # a step then leaves the policy as it is
 ESTIMATORS = {
     "grade": ("rl_gumbel", {"estimator": "soft"}), "ste": ("rl_gumbel", {"estimator": "ste"}),
@@ -101,7 +97,9 @@ def check(args: Args) -> list[tuple[str, str, float | None]]:
     try:
         taus = [float(tau) for tau in args.taus.split(",")]
     except ValueError:
-        raise ValueError(f"--taus {args.taus!r}: numbers with commas between, such as 2,1,0.5") from None
+        taus = [math.nan]
+    if not all(0 < tau < math.inf for tau in taus):
+        raise ValueError(f"--taus {args.taus!r}: numbers above 0 with commas between, such as 2,1,0.5")
     if args.groups < 4 or args.groups % 2:
         raise ValueError(f"--groups must be even and at least 4, not {args.groups}")
     for name in ("draws", "reference", "toy_draws"):
@@ -116,14 +114,12 @@ def check(args: Args) -> list[tuple[str, str, float | None]]:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if args.beta is not None and not args.beta >= 0:
         raise ValueError(f"--beta must be at least 0, not {args.beta}")
-    if args.prompts < 1 or args.checkpoint < 0:
-        raise ValueError(f"--prompts must be at least 1 and --checkpoint 0, not {args.prompts} and {args.checkpoint}")
-    if args.run and (args.flags or (args.model, args.env) != (Args.model, Args.env)):
-        raise ValueError("--run has a model, an environment and flags of its own: leave --model, --env and --flags out")
+    if args.run and (args.flags or args.model != Args.model):
+        raise ValueError("--run has a model and flags of its own: leave --model and --flags out")
     if odd := [word for word in shlex.split(args.flags) if "=" not in word]:
-        raise ValueError(f"--flags {odd[0]!r}: name=value, with blanks between, such as \"lora_config=r8 top_p=0.9\"")
-    if args.checkpoint and not args.run:
-        raise ValueError("--checkpoint is of a --run")
+        raise ValueError(f"--flags {odd[0]!r}: name=value, with blanks between, such as 'lora_config=r8 top_p=1'")
+    if args.checkpoint < 0 or (args.checkpoint and not args.run):
+        raise ValueError(f"--checkpoint {args.checkpoint} is a step of a --run")
     check_device(args.device)
     if args.num_generations < 2 or args.batch_size < 1 or args.batch_size % args.num_generations:
         raise ValueError(f"--num_generations {args.num_generations} must be 2 or more and divide --batch_size {args.batch_size}")
@@ -140,7 +136,7 @@ def label_of(name: str, tau: float | None) -> str:
 
 @dataclass
 class World:
-    """Where gradients are measured: a policy, its environment, and flags for the algorithms, as far as they have them."""
+    """Where gradients are measured: a policy, its environment, and flags that all algorithms get, over estimators.PRESET's."""
 
     model: torch.nn.Module
     env: object
@@ -150,22 +146,32 @@ class World:
 
 
 def open_world(args: Args) -> World:
-    """A run's policy, or a fresh one off its start. Raises ValueError for what can't be loaded."""
+    """A run's policy, or a fresh one moved off its start; its judge is the run's. Raises ValueError for what can't be loaded."""
     if args.run:
-        chosen = Path(args.run) / f"checkpoint-{args.checkpoint}" if args.checkpoint else None
-        run, model, tokenizer, env, _ = load_run(args.run, args.prompts, args.device, chosen)
-        policy = f"{chosen or args.run}"
+        run = runs.read_config(args.run)
+        if run.get("env") != "sentiment":
+            raise ValueError(f"{args.run} is no run of --env sentiment")
+        module, root = importlib.import_module(run["algorithm"]), Path(args.run).parent
+        flags, config = (kind(**{f.name: run[f.name] for f in fields(kind)}) for kind in (estimators.Flags, module.Config))
+        chosen = Path(args.run) / f"checkpoint-{args.checkpoint}" if args.checkpoint else latest_checkpoint(args.run)
+        if chosen is None:
+            raise ValueError(f"{args.run} holds no checkpoint")
+        tensors = load_checkpoint(chosen)[1]
     else:
-        words = [f"model={args.model}", f"env={args.env}", f"device={args.device}", *shlex.split(args.flags)]
-        _, run = train_ppo.resolve([f"--{word}" for word in words])
-        model, folder = load(run["model"], dtype=getattr(torch, run["dtype"]), device=args.device)
-        tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
-        env = judged_as(run, tokenizer, args.prompts)
-        check_lengths(env, tokenizer, run["max_new_tokens"], model.config.context, 1)
-        perturb(attach(model, preset(run["lora_config"], dual=False), seed=args.seed), args.perturb, args.seed)
-        policy = f"a fresh {run['lora_config']} on {run['model']}, {run['env']}, moved by {args.perturb:g}"
-    flags = {name: run[name] for name in TAKEN if name in run} | {"batch_size": args.batch_size, "seed": args.seed}
-    return World(model, env, tokenizer, flags | ({} if args.beta is None else {"beta": args.beta}), policy)
+        words = [f"--{word}" for word in [f"model={args.model}", *shlex.split(args.flags)]]
+        _, _, flags, config = estimators.parse(words, "rl_reinforce", partial(tyro.cli, use_underscores=True))
+        root = Path(flags.results_dir)
+    flags.device = args.device
+    model, tokenizer, env = estimators.build(flags, config, root)
+    if args.run:
+        set_adapter_tensors(model, tensors, str(chosen))
+        policy = str(chosen)
+    else:
+        perturb(model, args.perturb, args.seed)
+        policy = f"a fresh {flags.lora_config} on {flags.model}, moved by {args.perturb:g}"
+    taken = {name: getattr(config, name) for name in TAKEN if hasattr(config, name)}
+    taken |= {"batch_size": args.batch_size, "seed": args.seed} | ({} if args.beta is None else {"beta": args.beta})
+    return World(model, env, tokenizer, taken, policy)
 
 
 @dataclass
@@ -201,8 +207,8 @@ def make_trainer(world: World, name: str, tau: float | None, num_generations: in
         own = own | {"tau_start": tau, "tau_end": tau}
     if own.get("baseline") == "loo":
         own = own | {"num_generations": num_generations}
-    taken = {flag: value for flag, value in world.flags.items() if flag in module.Config.__dataclass_fields__}
-    return module.Trainer(world.model, world.env, world.tokenizer, module.Config(**(taken | FIXED | own)))
+    preset = {flag: value for flag, value in estimators.PRESET.items() if flag in module.Config.__dataclass_fields__}
+    return module.Trainer(world.model, world.env, world.tokenizer, module.Config(**(preset | own | world.flags | FIXED)))
 
 
 def one_gradient(trainer, step: int, prompts: list[str]) -> tuple[torch.Tensor, dict[str, float], float]:
@@ -231,6 +237,7 @@ def draw(world: World, name: str, tau, count: int, first: int, args: Args) -> Dr
         found, metrics, took = gradient(step)
         moments.add(found)
         seconds.append(took)
+        metrics = estimators.seed_names(metrics, trainer.config)
         logged.append((metrics["length"] * args.batch_size, metrics["reward"], metrics["kl"]))
     return Drawn(moments, median(seconds), *map(fmean, zip(*logged)))
 
@@ -291,7 +298,7 @@ def cells(label: str, row: dict, of_toy: bool) -> list[str]:
     if of_toy:  # PPO's advantages are whitened, and its losses means over tokens: its gradient has a length of its own
         return [*measured, "–" if label == "ppo" else either((row["bias"], row["bias_half"]))]
     cost = "not resolved" if math.isnan(row["ratio"]) else f"{row['seconds'] * row['ratio']:.3g}"
-    return [*measured, either((row['attenuation'], math.inf)), f"{row['tokens']:,.0f}", f"{row['seconds']:.3g}", cost]
+    return [*measured, either((row["attenuation"], math.inf)), f"{row['tokens']:,.0f}", f"{row['seconds']:.3g}", cost]
 
 
 HEADS = ["estimator", "relative variance", "uncorrected", "cosine", "of the means"]

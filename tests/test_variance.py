@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import toy
+import train_reinforce
 import variance
 from adapters import adapter_tensors
+from checkpoints import load_checkpoint
+from reward_model import new_reward_model, save_reward_model
 from variance import Args, World, check, draw, measure, perturb
 
 SMALL = {"draws": 16, "toy_draws": 16, "reference": 16, "groups": 8, "warm": 3, "batch_size": 8, "perturb": 0.3}
@@ -67,10 +70,10 @@ def test_in_the_toy_reinforce_is_unbiased_and_grade_is_not():
 
 
 def test_an_estimator_against_the_reference_agrees_with_itself_and_is_reported(tmp_path):
-    args = Args(**SMALL | {"draws": 32, "reference": 32, "batch_size": 16, "estimators": "reinforce_loo"})
+    args = Args(**SMALL | {"draws": 32, "reference": 32, "groups": 16, "batch_size": 16, "estimators": "reinforce_loo"})
     found = measure(world(batch_size=16), check(args), args)
     row, about = found["rows"]["reinforce_loo"], found["reference"]
-    assert abs(row["cosine"] - 1) < 2 * row["cosine_half"] < 0.6
+    assert abs(row["cosine"] - 1) < 2 * row["cosine_half"] < 0.8
     assert row["cosine_of_means"] == pytest.approx(row["cosine"] * row["attenuation"])
     assert about["attenuation_by_halves"] == pytest.approx(about["attenuation"], abs=0.1)
     unresolved = {key: math.nan for key in ("ratio", "low", "high", "cosine", "cosine_half", "attenuation", "bias", "bias_half")}
@@ -85,15 +88,52 @@ def test_an_estimator_against_the_reference_agrees_with_itself_and_is_reported(t
     assert kept["rows"]["noise"]["ratio"] == "not resolved" and kept["rows"]["open"]["high"] == "open"
 
 
+@pytest.fixture(scope="module")
+def judged_run(tmp_path_factory):
+    """A run of one step on embedded reviews, with an untrained judge."""
+    root = tmp_path_factory.mktemp("results")
+    save_reward_model(new_reward_model("sentiment", "tiny", max_tokens=40, seed=1), root / "judge.safetensors")
+    words = ["--results_dir", str(root), "--reward_model", str(root / "judge.safetensors"), "--device", "cpu"]
+    words += ["--max_prompts", "20", "--validation_prompts", "2", "--test_prompts", "2", "--lora_config", "r1"]
+    words += ["--max_new_tokens", "4", "--min_new_tokens", "2", "--batch_size", "4", "--max_steps", "1"]
+    assert train_reinforce.main(words) == 0
+    return root / "reinforce", " ".join(f"{name[2:]}={value}" for name, value in zip(words[::2], words[1::2]))
+
+
+def test_a_runs_policy_and_a_fresh_one_are_measured_from_the_command_line(judged_run, tmp_path, capsys):
+    run, flags = judged_run
+    small = {"draws": 4, "reference": 4, "groups": 4, "toy_draws": 0, "warm": 1, "batch_size": 4, "num_generations": 2}
+    trained = variance.open_world(Args(run=str(run), device="cpu", **small))
+    kept = load_checkpoint(run / "checkpoint-1")[1]
+    assert all(torch.equal(value, kept[name]) for name, value in adapter_tensors(trained.model).items())
+    assert trained.flags == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 4, "beta": 0.1,
+                             "batch_size": 4, "seed": 42}  # fmt: skip
+    fresh = variance.open_world(Args(flags=flags, beta=0.3, device="cpu", **small))
+    assert fresh.flags == trained.flags | {"beta": 0.3} and fresh.env.prompts("train") == trained.env.prompts("train")
+    assert all(value.std() > 0.01 for value in adapter_tensors(fresh.model).values())
+    assert variance.main(Args(run=str(run), checkpoint=1, taus="1", device="cpu", output_dir=str(tmp_path), **small)) == 0
+    found = json.loads((tmp_path / "variance.json").read_text())
+    assert list(found["rows"]) == ["grade 1", "ste 1", "reinforce", "reinforce_loo", "ppo"] and "toy" not in found
+    assert found["policy"].endswith("checkpoint-1") and all(row["tokens"] <= 16 for row in found["rows"].values())
+    assert (tmp_path / "variance.png").is_file() and (tmp_path / "report.md").read_text() in capsys.readouterr().out
+    with pytest.raises(ValueError, match="checkpoint-7"):
+        variance.open_world(Args(run=str(run), checkpoint=7, device="cpu"))
+
+
 @pytest.mark.parametrize("flags, message", [
     ({"estimators": "grade,trpo"}, "unknown --estimators 'trpo'; known: grade, ste, reinforce, reinforce_loo, ppo"),
-    ({"taus": "2;1"}, "--taus '2;1': numbers with commas between"),
+    ({"taus": "2;1"}, "--taus '2;1': numbers above 0 with commas between"),
+    ({"taus": "2,0"}, "--taus '2,0': numbers above 0"),
     ({"groups": 5}, "--groups must be even and at least 4, not 5"),
     ({"draws": 40}, "--draws 40 is no multiple of --groups 16"),
     ({"draws": 0, "toy_draws": 0}, "leave nothing to measure"),
     ({"reference": 0}, "--reference 0"),
     ({"num_generations": 3}, "--num_generations 3 must be 2 or more and divide --batch_size 16"),
     ({"perturb": math.nan}, "--perturb must be at least 0, not nan"),
+    ({"beta": -1.0}, "--beta must be at least 0, not -1.0"),
+    ({"checkpoint": 5}, "--checkpoint 5 is a step of a --run"),
+    ({"run": "results/ppo", "flags": "top_p=1"}, "--run has a model and flags of its own"),
+    ({"flags": "--top_p 1"}, "--flags '--top_p': name=value, with blanks between"),
 ])  # fmt: skip
 def test_flags_that_cannot_work_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
