@@ -231,7 +231,7 @@ def draw(world: World, name: str, tau, count: int, first: int, args: Args) -> Dr
     for step in range(first - args.warm, first) if name in ("reinforce", "ppo") else ():
         gradient(step)
     for group in trainer.optimizer.param_groups:
-        group["rate"] = 0.0  # PPO's value head stays as it is from here on
+        group["rate"] = group["rate"] if "rate" in group else 0.0  # PPO's value head stays as it is from here on
     moments, seconds, logged = Moments(len(flat_gradient(world.model)), args.groups), [], []
     for step in tqdm(range(first, first + count), desc=label_of(name, tau)):
         found, metrics, took = gradient(step)
@@ -335,7 +335,7 @@ def draw_bars(found: dict, path: Path) -> None:
     panels = [
         (rows, *panel)
         for rows, where in ((found.get("rows"), ""), (found.get("toy"), "toy: "))
-        for panel in ((f"{where}relative variance", "ratio"), (f"{where}cosine to the hard reward's gradient", "cosine"),
+        for panel in ((f"{where}relative variance", "ratio"), (f"{where}cosine to the gradient", "cosine"),
                       (f"{where}squared bias", "bias"))
         if rows and (where or panel[1] != "bias")
     ]  # fmt: skip
@@ -352,7 +352,7 @@ def draw_bars(found: dict, path: Path) -> None:
             axis.bar(place, value, color=f"C{place}", alpha=0.6)
             axis.vlines(place, low, high if math.isfinite(high) else 10 * value, "black", "--" if math.isinf(high) else "-")
         axis.set_xticks(range(len(rows)), rows, rotation=45, ha="right")
-        axis.set(title=title, yscale="log" if key == "ratio" else "linear")
+        axis.set(title=title, xlim=(-0.6, len(rows) - 0.4), yscale="log" if key == "ratio" else "linear")
         axis.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

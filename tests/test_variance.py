@@ -42,6 +42,21 @@ def test_draws_leave_the_policy_bitwise_as_it_is_and_repeat(label, name, tau):
     assert 0 < first.reward < 1
 
 
+def test_every_estimator_has_a_steps_prompts_drawn_with_replacement(monkeypatch):
+    asked = {}
+
+    def noted(trainer, step, prompts):
+        asked.setdefault(step, set()).add(tuple(prompts))
+        return torch.ones(len(variance.flat_gradient(trainer.model))), dict.fromkeys(("length", "reward", "kl"), 1.0), 0.0
+
+    monkeypatch.setattr(variance, "one_gradient", noted)
+    for name in ("reinforce", "ppo", "reinforce_loo"):
+        draw(world(), name, None, 8, 4, Args(**SMALL))
+    assert sorted(asked) == list(range(1, 12))  # three to settle on, which leave-one-out needs none of, and eight
+    assert all(len(batches) == 1 and len(prompts) == 8 for batches in asked.values() for prompts in batches)
+    assert len({prompts for batches in asked.values() for prompts in batches}) == 11
+
+
 def test_ppos_value_head_learns_while_it_settles_and_then_no_more(monkeypatch):
     heads, own = [], variance.one_gradient
 
