@@ -231,7 +231,7 @@ def draw(world: World, name: str, tau, count: int, first: int, args: Args) -> Dr
     for step in range(first - args.warm, first) if name in ("reinforce", "ppo") else ():
         gradient(step)
     for group in trainer.optimizer.param_groups:
-        group["rate"] = group["rate"] if "rate" in group else 0.0  # PPO's value head stays as it is from here on
+        group["rate"] = 0.0  # PPO's value head stays as it is from here on
     moments, seconds, logged = Moments(len(flat_gradient(world.model)), args.groups), [], []
     for step in tqdm(range(first, first + count), desc=label_of(name, tau)):
         found, metrics, took = gradient(step)
