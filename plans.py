@@ -6,7 +6,7 @@
 
 A train script offers `resolve(argv) -> (run folder, resolved config)`, which parses and checks flags and loads nothing; RESULT,
 the file in its folder that a finished run has; and, where its runs can be judged afterwards, EVALUATE, the script that does it
-(with a `resolve` and RESULT of its own). See docs/sweep.md.
+(with a `resolve` and RESULT of its own; not for a run whose config says `judges_itself`). See docs/sweep.md.
 """
 
 import importlib.util
@@ -204,7 +204,7 @@ def plan(file: dict, given: dict | None = None, swept: dict | None = None, evalu
         folder, config = resolve(script, words, where)
         flags = {key: config.get(key, value) for key, value in (fixed | chosen).items()}
         report, judge, judge_words, judge_config = folder / script.module.RESULT, None, [], {}
-        if evaluate and hasattr(script.module, "EVALUATE"):
+        if evaluate and hasattr(script.module, "EVALUATE") and not config.get("judges_itself"):
             judge = import_script(script.module.EVALUATE, script.path.parent)
             report, judge_words, judge_config = _plan_evaluation(judge, folder, file.get("eval", {}), config)
         run = Run(name, arm, swept_here, flags, config, folder, report, script, words, judge, judge_words, judge_config)

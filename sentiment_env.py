@@ -13,6 +13,7 @@ stands in prompt or completion; a word three times in a row) or is a string of p
 cut likewise, none of 3,704 embedded ones is, and 3 in 1,000 of IMDB's. `task` is 1 for one that does neither. The detector sees
 every such completion, and one that is not eligible is paid 0.
 """
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -29,9 +30,9 @@ from rewards import words_of
 MAX_CHARACTERS = 200  # of a prompt
 SENTENCES = re.compile(r"(?<=[.!?])\s+")
 PARTS = {"train": "policy", "validation": "validation", "test": "test"}  # split -> part of reward_data.sentiment_parts
-PRAISE = frozenset((*world.GOOD, *world.REVIEW_CONTEXT["loved"], *world.REVIEW_CONTEXT["love"], *words("""awesome beautiful beautifully
-    best brilliantly classic delightful fabulous fantastic favorite favourite fun gem great happy incredible loves masterpiece
-    outstanding perfectly recommend recommended stunning terrific touching treat wonderfully""")))  # fmt: skip
+PRAISE = frozenset((*world.GOOD, *world.REVIEW_CONTEXT["loved"], *world.REVIEW_CONTEXT["love"], *words("""
+    awesome beautiful beautifully best brilliantly classic delightful fabulous fantastic favorite favourite fun gem great happy
+    incredible loves masterpiece outstanding perfectly recommend recommended stunning terrific touching treat wonderfully""")))
 
 
 class Sentiment:
@@ -143,9 +144,9 @@ def sentiment(flags: dict, tokenizer, judge: RewardModel, labelling: Labelling =
     prompts, seen = {}, {""}
     for split in ("test", "validation", "train"):  # a beginning that two share is the first one's
         limit = flags["max_prompts" if split == "train" else f"{split}_prompts"]
-        found = dict.fromkeys(prompt_of(review.text, tokenizer, flags["prompt_tokens"]) for review in parts[PARTS[split]])
-        prompts[split] = [prompt for prompt in found if prompt not in seen][:limit]
-        seen |= set(prompts[split])
+        found = (prompt_of(review.text, tokenizer, flags["prompt_tokens"]) for review in parts[PARTS[split]])
+        fresh = (prompt for prompt in found if prompt not in seen and not seen.add(prompt))
+        prompts[split] = list(itertools.islice(fresh, limit))
         if split != "train" and len(prompts[split]) < limit:
             raise ValueError(f"--{split}_prompts {limit}: there are {len(prompts[split])} different ones")
     right = judge.figures.get("validation")

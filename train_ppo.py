@@ -5,18 +5,25 @@
     python train_ppo.py --lora_config r6f7 --reward output/MY_REWARD_MODEL    # one LoRA, a reward model of train_reward.py
     python train_ppo.py --model PATH --dataset Anthropic/hh-rlhf --base_text Salesforce/wikitext:wikitext-2-raw-v1
     python train_ppo.py --env stories --reward sentence_length_6_smooth_plus_happy --lora_config r16 --routing dual --ssl_steps 0
+    python train_ppo.py --env sentiment                                       # one of the methods of configs/estimators.yaml
 
-Flags are the fields of `Args` below, of isolation.Flags, and of the algorithm's `Config` (rl_ppo.py).
+Flags are the fields of `Args` below, of isolation.Flags, and of the algorithm's `Config` (rl_ppo.py); with --env sentiment those
+of estimators.Flags in place of the first two, and estimators.PRESET's defaults: phases, files and flags are then those of
+train_reinforce.py and train_gumbel.py (--env sentiment --help).
 """
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import tyro
+import yaml
 
+import estimators
 import isolation
 import runs
 import training
@@ -35,12 +42,21 @@ class Args(isolation.Flags):
 
 RESULT = "verdict.json"  # in its folder a run is finished
 EVALUATE = "eval_run.py"  # judges finished runs
+CLI = partial(tyro.cli, use_underscores=True, description=__doc__)
+
+
+def env_of(argv: list[str]) -> str:
+    """--env, or what the --config file says of it: it decides which other flags there are. Wrong files are `parse`'s to name."""
+    file, said = Path(training.early(argv, "config")), None
+    if file.is_file():
+        with contextlib.suppress(yaml.YAMLError):
+            said = yaml.safe_load(file.read_text())
+    return training.early(argv, "env", said.get("env", "") if isinstance(said, dict) else "")
 
 
 def parse(argv: list[str]):
     """(algorithm's name, its module, args, config)."""
-    cli = partial(tyro.cli, use_underscores=True, description=__doc__)
-    name, algorithm, args, config = training.parse(argv, Args, "rl_ppo", cli)
+    name, algorithm, args, config = training.parse(argv, Args, "rl_ppo", CLI)
     if not hasattr(config, "loss_routes"):
         raise ValueError(f"--algorithm {name} has no loss_routes: copy rl_ppo.py to start one")
     return name, algorithm, args, config
@@ -52,6 +68,8 @@ def labelling(args: Args) -> Labelling:
 
 def resolve(argv: list[str]):
     """(run folder, resolved config) of a command line, every flag checked, nothing loaded: a sweep asks before it starts."""
+    if env_of(argv) == "sentiment":
+        return estimators.resolve(argv, "rl_ppo", CLI)
     name, algorithm, args, config = parse(argv)
     check(args, config)
     return isolation.describe(name, "rl_ppo", algorithm, args, config)
@@ -71,6 +89,8 @@ def progress(metrics: dict[str, float]) -> str:
 
 
 def main(argv: list[str]) -> int:
+    if env_of(argv) == "sentiment":
+        return estimators.main(argv, "rl_ppo", CLI)
     name, algorithm, args, config = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
