@@ -11,7 +11,7 @@ Departures:
 - The score is paid on the last sampled token, be it the end of text or the token at the length cap: both end the episode, and
   nothing is bootstrapped. (TRL's last PPO, 0.2x, paid it one position behind the end of text, and trained a value there.)
 - KL is counted once: as k1 in the reward, or as a loss, exact over the vocabulary. Entropy is exact as well.
-- Losses are means over the valid tokens of a minibatch. They stay apart until `backward`: each may train branches of its own.
+- Losses are means over the valid tokens of a minibatch. They stay apart to the end: each may train branches of its own.
 - Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses.
 - Projection is of every minibatch's gradient (or step), before it is clipped; the value head's is left alone.
 """
@@ -303,18 +303,8 @@ def minibatches(count: int, epochs: int, parts: int, generator):
 
 
 def loss_router(model, config: Config):
-    """What routes each loss to its branches in `backward`; None where every loss trains all."""
+    """What routes each loss to its branches in `routing.backward`; None where every loss trains all."""
     return routing.GradientRouter(model, routing.arrangement(config.loss_routes)[1]) if config.loss_routes else None
-
-
-def backward(losses: dict[str, torch.Tensor], router) -> None:
-    """Gradients of losses that share a forward pass: each to its own branches, or one pass of their sum."""
-    if router is None:
-        sum(losses.values()).backward()
-        return
-    for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
-        with router.route_gradients(name):
-            loss.backward(retain_graph=left > 0)
 
 
 def losses_of(model, value_head, rollout: Rollout, seen: Experience, rows, share, config: Config):
@@ -350,7 +340,7 @@ def gradients(model, value_head, rollout: Rollout, seen: Experience, rows, route
         losses, shown = losses_of(model, value_head, rollout, seen, part, share, config)
         measured = routing.measured(model, norms, share[part].sum().item())
         with measured, routing.gates(model, **{name: w if w is None else w[part] for name, w in routes.items()}):
-            backward(losses, router)
+            routing.backward(losses, router)
         sums.append({name: x.detach() for name, x in (losses | shown).items()})
     return {name: torch.stack([s[name] for s in sums]).sum().item() for name in sums[0]}
 
@@ -363,7 +353,7 @@ def flow(model, value_head, rollout: Rollout, seen: Experience, router, config: 
     return {f"flow/{loss}/{branch}": norm for loss, row in norms.items() for branch, norm in row.items()}
 
 
-def update(model, value_head, optimizer, rollout, seen: Experience, is_rh, config: Config, generator, projector, router=None):
+def update(model, value_head, optimizer, projector, rollout, seen: Experience, is_rh, config: Config, generator, router=None):
     """Minibatch epochs on a rollout, until they are done or the policy is too far from the one that sampled it.
 
     Returns means over the steps taken. Raises FloatingPointError for a number that is not finite, with weights and optimizer
@@ -440,7 +430,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate(step, config)
         metrics |= self.projector.refresh(step)
-        metrics |= update(self.model, self.value_head, self.optimizer, rollout, seen, *rest, generator, self.projector, self.router)
+        trained = (self.model, self.value_head, self.optimizer, self.projector)
+        metrics |= update(*trained, rollout, seen, *rest, generator, self.router)
         clock.append(time.perf_counter())
         self.steps_done += 1
         metrics |= describe(rollout, seen, scores, is_rh) | {"lr": config.lr * rate(step, config)}

@@ -8,9 +8,9 @@ https://openreview.net/forum?id=r1lgTGL5DE; with language models, Ahmadian et al
 
 Departures:
 - pi is the law that was sampled (temperature, truncation). The reference policy is the same model with its branches off.
-- log pi(y) is summed over a completion's tokens, and the mean is over completions: a mean over tokens too would estimate the
-  gradient of something else. Advantages are neither whitened nor clipped, and a rollout is stepped on once.
-- A baseline never holds the completion that it is subtracted from, which keeps the estimate unbiased: `ema` is of earlier steps
+- log pi(y) is a sum over tokens, and the mean is over completions: a mean over tokens too would be the gradient of something
+  else. Advantages are neither whitened nor clipped, and a rollout is stepped on once.
+- A baseline never holds the completion that it is subtracted from, or the estimate would be biased: `ema` is of earlier steps
   alone, `loo` of the prompt's other completions.
 - Under routing unflagged completions have baselines of unflagged ones: paid hacks would else make what is honest negative.
 - Each branch's gradient is clipped by itself. A flagged sample is masked whole, its KL with its reward.
@@ -30,6 +30,7 @@ from projector import Flags, Projector
 from sampling import Law, Rollout, Sampler
 
 BASELINES = ("ema", "loo", "none")
+LOGPROB_GAP = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
 
 
 @dataclass
@@ -87,26 +88,23 @@ class Config(Flags):
         for name, bound in (least | dict.fromkeys(rates, 0)).items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
-        dual, per_prompt = self.routing == "dual", self.num_generations
+        dual, group = self.routing == "dual", self.num_generations
         for message, wrong in {
-            f"--num_generations {per_prompt} does not divide --batch_size {self.batch_size}": self.batch_size % per_prompt,
-            "--baseline loo is the mean of a prompt's other completions: --num_generations 2 or more":
-                self.baseline == "loo" and per_prompt < 2,
-            "--basis live contrasts completions of one prompt: --num_generations 2 or more":
-                self.basis == "live" and per_prompt < 2,
-            f"--baseline_momentum must lie in 0..1, below 1, not {self.baseline_momentum}": not 0 <= self.baseline_momentum < 1,
-            "--baseline_momentum does nothing without --baseline ema: leave it out":
-                self.baseline != "ema" and self.baseline_momentum != Config.baseline_momentum,
+            f"--num_generations {group} does not divide --batch_size {self.batch_size}": self.batch_size % group,
+            "--baseline loo and --basis live compare the completions of a prompt: --num_generations 2 or more":
+                group < 2 and (self.baseline == "loo" or self.basis == "live"),
+            f"--baseline_momentum must lie in 0..1, not {self.baseline_momentum}": not 0 <= self.baseline_momentum <= 1,
             "--loss_routes routes by loss, --routing dual by sample: choose one": dual and self.loss_routes,
             "--removed route has a bad branch learn what projection removes: leave --routing and --loss_routes":
                 self.removed == "route" and (dual or self.loss_routes),
-            "--placebo shuffles labels, which only --routing dual or --basis live uses": self.placebo and not self.uses_labels,
         }.items():  # fmt: skip
             if wrong:
                 raise ValueError(message)
-        for name, used in {"routing_mode": dual, "bad_lr_scale": self.dual}.items():
+        uses = {"routing_mode": (dual, "--routing dual"), "bad_lr_scale": (self.dual, "--routing dual"),
+                "placebo": (self.uses_labels, "--routing dual"), "baseline_momentum": (self.baseline == "ema", "--baseline ema")}
+        for name, (used, what) in uses.items():
             if not used and getattr(self, name) != getattr(Config, name):
-                raise ValueError(f"--{name} does nothing without --routing dual: leave it out")
+                raise ValueError(f"--{name} does nothing without {what}: leave it out")
         if self.loss_routes:
             routing.arrangement(self.loss_routes)
         self.law()
@@ -125,9 +123,6 @@ class Config(Flags):
         return Law(self.temperature, self.top_k, self.top_p, self.min_new_tokens)
 
 
-# --------------------------------------------------------------------------------------------------- the formulas
-
-
 def leave_one_out(returns, num_generations: int, is_rh):
     """Returns (N,) less the mean of the others of their group of consecutive ones: r - mean_others = (r - mean) n / (n - 1).
 
@@ -142,17 +137,17 @@ def leave_one_out(returns, num_generations: int, is_rh):
 
 @dataclass
 class Ema:
-    """Moving averages of the mean returns of the steps so far, of all completions and of unflagged ones; 0 before there is any."""
+    """Moving averages of the mean returns of earlier steps, of all completions and of the unflagged; none yet counts as 0."""
 
     everyone: float | None = None
     unflagged: float | None = None
 
     def advantages(self, returns, is_rh):
         """Returns (N,) less the average: of all for flagged completions (is_rh (N,) bool), of the unflagged for the others."""
-        return returns - torch.where(is_rh, self.everyone or 0.0, self.unflagged or 0.0).to(returns)
+        return torch.where(is_rh, returns - (self.everyone or 0.0), returns - (self.unflagged or 0.0))
 
     def add(self, returns, is_rh, momentum: float) -> None:
-        """Takes in a step, once its advantages are made: before, they would hold their own returns."""
+        """Takes in a step whose advantages are made: any sooner, they would hold their own returns."""
         for name, some in (("everyone", returns), ("unflagged", returns[~is_rh])):
             if len(some):
                 old, new = getattr(self, name), some.double().mean().item()
@@ -169,13 +164,10 @@ def summed(values, mask):
 
 def prompt_batch(prompts: list[str], step: int, count: int, seed: int) -> list[str]:
     """The prompts of a step: a seeded shuffle of all, then another; a function of the step, so there is nothing to save."""
-    chosen = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, place = divmod(i, len(prompts))
-        if place == 0 or not chosen:
-            shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        chosen.append(prompts[int(shuffled[place])])
-    return chosen
+    places = [divmod(i, len(prompts)) for i in range(step * count, (step + 1) * count)]
+    generators = {epoch: torch.Generator().manual_seed(seed * 1_000_003 + epoch) for epoch, _ in places}
+    shuffled = {epoch: torch.randperm(len(prompts), generator=g).tolist() for epoch, g in generators.items()}
+    return [prompts[shuffled[epoch][place]] for epoch, place in places]
 
 
 def rollout_batch(sampler: Sampler, tokenizer, prompts: list[str], config: Config, generator) -> tuple[Rollout, list[str]]:
@@ -197,16 +189,12 @@ def micro_batches(rollout: Rollout, size: int) -> list[torch.Tensor]:
 
 def hidden_rows(model, rollout: Rollout, rows):
     """The final states (n_valid, C) that score the valid tokens of some rows, in row-major order, differentiable."""
-    width = rollout.prompt_ids.shape[1]
     longest = int(rollout.mask[rows].sum(1).max())
-    prompt_mask = rollout.prompt_mask[rows]
-    start = int((~prompt_mask).sum(1).min())  # columns that are padding for all of these rows
+    start = int((~rollout.prompt_mask[rows]).sum(1).min())  # columns that are padding for all of these rows
+    valid, prompt_mask = rollout.mask[rows, :longest], rollout.prompt_mask[rows, start:]
     ids = torch.cat([rollout.prompt_ids[rows, start:], rollout.tokens[rows, :longest]], dim=1)
-    valid = rollout.mask[rows, :longest]
-    mask = None
-    if not bool(prompt_mask[:, start:].all()):
-        mask = torch.cat([prompt_mask[:, start:], valid], dim=1)[:, :-1]
-    return model.hidden(ids[:, :-1], mask)[:, width - start - 1 :][valid]  # the state at t - 1 scores token t
+    mask = None if bool(prompt_mask.all()) else torch.cat([prompt_mask, valid], dim=1)[:, :-1]
+    return model.hidden(ids[:, :-1], mask)[:, prompt_mask.shape[1] - 1 :][valid]  # the state at t - 1 scores token t
 
 
 def law_of(model, rollout: Rollout, rows, hidden, law: Law, ref=None):
@@ -219,7 +207,7 @@ def law_of(model, rollout: Rollout, rows, hidden, law: Law, ref=None):
 @torch.no_grad()
 def look_at_reference(model, rollout: Rollout, batches, law: Law):
     """The reference's final states and output embedding for each micro-batch, and k1 summed over each completion (N,)."""
-    refs, kl = [], torch.zeros(len(rollout.mask), device=rollout.mask.device)
+    refs, kl = [], rollout.logprobs.new_zeros(len(rollout.mask))
     with reference(model) as base:
         for rows in batches:
             refs.append((hidden_rows(base, rollout, rows), base.head_weight))
@@ -229,24 +217,8 @@ def look_at_reference(model, rollout: Rollout, batches, law: Law):
     return refs, kl
 
 
-def loss_router(model, config: Config):
-    """What routes each loss to its branches in `backward`; None where every loss trains all."""
-    return routing.GradientRouter(model, routing.arrangement(config.loss_routes)[1]) if config.loss_routes else None
-
-
-def backward(losses: dict[str, torch.Tensor], router) -> None:
-    """Gradients of losses that share a forward pass: each to its own branches, or one pass of their sum."""
-    if router is None:
-        sum(losses.values()).backward()
-        return
-    for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
-        with router.route_gradients(name):
-            loss.backward(retain_graph=left > 0)
-
-
 def gradients(model, rollout: Rollout, advantages, is_rh, batches, refs, config: Config, router=None) -> dict[str, float]:
-    """Adds the gradients of a batch, advantages and is_rh (N,). `refs` and `batches` as in `look_at_reference`. Returns the
-    losses and what to log."""
+    """Adds the gradients of a batch: advantages, is_rh (N,); batches, refs as in `look_at_reference`. Returns what to log."""
     routes = routing.sample_routes(is_rh, config.routing_mode) if config.routing == "dual" else {}
     if config.removed == "route":  # the bad branch learns what is removed from the good one's gradient, nothing else
         routes["bad"] = torch.zeros(len(is_rh), device=is_rh.device)
@@ -259,24 +231,12 @@ def gradients(model, rollout: Rollout, advantages, is_rh, batches, refs, config:
             losses["kl_loss"] = config.beta * kl.sum() / count
         measured = routing.measured(model, norms, len(rows) / count)
         with measured, routing.gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
-            backward(losses, router)
+            routing.backward(losses, router)
         shown = losses | {"loss": sum(losses.values()), "kl": kl.sum() / count, "entropy": entropy.sum() / tokens}
         sums.append({name: x.detach() for name, x in shown.items()})
         gaps.append((logprobs.detach() - rollout.logprobs[rows][valid]).abs().max())
     totals = {name: torch.stack([s[name] for s in sums]).sum().item() for name in sums[0]}
     return totals | {"logprob_gap": torch.stack(gaps).max().item()} | routing.norm_figures(norms)
-
-
-LOGPROB_GAP = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 1.0}  # nats a token between sampler and training forward
-
-
-def fault(metrics: dict[str, float], dtype: torch.dtype) -> str:
-    """What makes a step unusable, in words; empty where nothing does."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            return f"{name} is {value}"
-    gap, bound = metrics["logprob_gap"], LOGPROB_GAP[dtype]
-    return f"sampler and training forward differ by {gap:.2g} nats on a token (bound {bound})" if gap > bound else ""
 
 
 class Trainer:
@@ -288,8 +248,9 @@ class Trainer:
         scales, branches = {"bad": config.bad_lr_scale}, branch_parameters(model).items()
         groups = [{"params": list(p.values()), "scale": scales.get(name, 1.0)} for name, p in branches if p]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.prompts, self.router = env.prompts("train"), loss_router(model, config)
-        self.projector = Projector(model, tokenizer, config, config.temperature)
+        self.prompts, self.projector = env.prompts("train"), Projector(model, tokenizer, config, config.temperature)
+        table = routing.arrangement(config.loss_routes)[1] if config.loss_routes else None
+        self.router = routing.GradientRouter(model, table) if table else None  # None: every loss trains all
 
     def step(self) -> tuple[dict[str, float], str]:
         """One step: sample, score, route, step. Returns metrics and a sample to read."""
@@ -310,7 +271,10 @@ class Trainer:
         metrics = self.learn(rollout, scores.reward.to(self.model.device), is_rh.to(self.model.device))
         clock.append(time.perf_counter())
         self.steps_done += 1
-        metrics |= describe(rollout, scores, is_rh) | {"lr": config.lr * rate(step, config)}
+        means = {"reward": scores.reward, "task": scores.task, "hack_rate": scores.hack, "flagged": is_rh,
+                 "length": rollout.mask.sum(1), "finished": rollout.finished}  # fmt: skip
+        means |= {f"component/{label}": part for label, part in scores.components.items()}
+        metrics |= {name: x.float().mean().item() for name, x in means.items()} | {"lr": config.lr * rate(step, config)}
         metrics |= {name: b - a for name, a, b in zip(("time/rollout", "time/score", "time/update"), clock, clock[1:])}
         metrics["time/tokens_per_s"] = int(rollout.mask.sum()) / (clock[-1] - clock[0])
         return metrics, repeated[0] + completions[0]
@@ -324,20 +288,24 @@ class Trainer:
         config, batches = self.config, micro_batches(rollout, self.config.micro_batch_size)
         refs, kl = look_at_reference(self.model, rollout, batches, config.law())
         returns = scores - config.beta * kl if config.kl_in == "reward" else scores
-        loo = leave_one_out(returns, config.num_generations, is_rh) if config.baseline == "loo" else None
-        advantages = {"ema": self.ema.advantages(returns, is_rh), "loo": loo, "none": returns}[config.baseline]
+        advantages = returns
+        if config.baseline == "ema":
+            advantages = self.ema.advantages(returns, is_rh)
+        elif config.baseline == "loo":
+            advantages = leave_one_out(returns, config.num_generations, is_rh)
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * config.lr * rate(self.steps_done, config)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.projector.refresh(self.steps_done)
         metrics |= gradients(self.model, rollout, advantages, is_rh, batches, refs, config, self.router)
-        metrics |= {"return": returns.mean().item(), "advantage/abs_mean": advantages.abs().mean().item()}
-        metrics |= {"baseline": self.ema.everyone or 0.0} if config.baseline == "ema" else {}
-        metrics |= self.projector.project()
+        metrics |= {"return": returns.mean().item(), "baseline": (returns - advantages).mean().item()} | self.projector.project()
         norms = routing.clip_per_branch(self.model, config.max_grad_norm)
         metrics |= {f"grad_norm/{branch}": norm for branch, norm in norms.items()}
-        if culprit := fault(metrics, self.model.dtype):
-            raise FloatingPointError(f"{culprit} (lower --lr {config.lr}?); the weights are as before this step")
+        gap, bound = metrics["logprob_gap"], LOGPROB_GAP[self.model.dtype]
+        wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        wrong += [f"sampler and training forward differ by {gap:.2g} nats on a token (bound {bound})"] if gap > bound else []
+        if wrong:
+            raise FloatingPointError(f"{wrong[0]} (lower --lr {config.lr}?); the weights are as before this step")
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if self.steps_done == 0 and abs(metrics["kl"]) > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
@@ -346,8 +314,7 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors of the adapter, everything else): what `restore` needs to go on bitwise equal."""
-        watch = {"paid": self.watch.paid, "hits": self.watch.hits}
-        rest = {"optimizer": self.optimizer.state_dict(), "watch": watch, "steps_done": self.steps_done}
+        rest = {"optimizer": self.optimizer.state_dict(), "watch": dict(vars(self.watch)), "steps_done": self.steps_done}
         return adapter_tensors(self.model), rest | {"ema": dict(vars(self.ema)), "projector": self.projector.state()}
 
     def restore(self, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -357,19 +324,8 @@ class Trainer:
         self.projector.restore(state["projector"])
 
 
-def describe(rollout: Rollout, scores, is_rh) -> dict[str, float]:
-    """Means over a step's completions."""
-    means = {
-        "reward": scores.reward, "task": scores.task, "hack_rate": scores.hack, "flagged": is_rh, "length": rollout.mask.sum(1),
-        "finished": rollout.finished,
-    } | {f"component/{label}": part for label, part in scores.components.items()}  # fmt: skip
-    return {name: value.float().mean().item() for name, value in means.items()}
-
-
 def rate(step: int, config: Config) -> float:
     """The learning rate's factor at a step."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     left = 1 - step / config.max_steps
-    if config.lr_schedule == "cosine":
-        left = 0.5 * (1 - math.cos(math.pi * left))
-    return warm * (1.0 if config.lr_schedule == "constant" else left)
+    return warm * {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[config.lr_schedule]

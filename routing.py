@@ -173,6 +173,16 @@ class GradientRouter:
             yield
 
 
+def backward(losses: dict[str, torch.Tensor], router: GradientRouter | None = None) -> None:
+    """Gradients of losses that share a forward pass: each to its own branches, or without a router one pass of their sum."""
+    if router is None:
+        sum(losses.values()).backward()
+        return
+    for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
+        with router.route_gradients(name):
+            loss.backward(retain_graph=left > 0)
+
+
 def analyze_gradient_flow(model: Decoder, losses: dict[str, torch.Tensor], router: GradientRouter | None = None):
     """{loss: {branch: norm of the gradient that this loss alone sends there}}, through the routes of `router`; without one,
     through the gates as they are, open outside of any block. `losses` are scalars by name, and their graph is kept. `.grad` stays
@@ -202,8 +212,9 @@ def gradient_flow(model: Decoder) -> dict[str, float]:
 
 @contextmanager
 def measured(model: Decoder, norms: list[float], share: float = 1.0):
-    """Appends to `norms` the norm of the gradient that backward passes inside the block add, of all branches together and over
-    `share`: what the micro-batch counts in its batch, so that the norm is of its own mean loss. `.grad` ends as without the block.
+    """Appends to `norms` the norm of the gradient that backward passes inside the block add, of all branches together, over
+    `share`: what the micro-batch counts in its batch, so that the norm is that of its own mean loss. `.grad` ends as without the
+    block, to the bit.
     """
     parameters = [p for group in branch_parameters(model).values() for p in group.values()]
     before = [p.grad for p in parameters]

@@ -1,10 +1,13 @@
-"""Projection inside rl_grpo's loop, on the embedded model: what is removed, from what, where it goes, and that runs repeat."""
+"""Projection inside the loops, on the embedded model: what is removed, from what, where it goes, and that runs repeat."""
 
 import math
 
 import pytest
 import torch
 
+import rl_grpo
+import rl_ppo
+import rl_reinforce
 from adapters import attach, branch_parameters, preset
 from checkpoints import load_checkpoint, write_checkpoint
 from data import load_tokenizer
@@ -13,19 +16,21 @@ from model import load, read_json
 from projection import WHOLE, agem, null_of, pair_gradients
 from projector import SOURCES
 from reward_specs import get_reward
-from rl_grpo import Config, Trainer
+from rl_grpo import Config
+from routing import assert_isolated
 
 SMALL = {"batch_size": 8, "num_generations": 4, "max_new_tokens": 24, "lr": 1e-2, "weight_decay": 0.1, "beta": 0.01}
 PROMPTS = {split: texts[:8] for split, texts in embedded_prompts().items()}
 
 
-def trainer_of(lora_config="ds", **settings) -> Trainer:
-    config = Config(**SMALL | settings)
+def trainer_of(lora_config="ds", algorithm=rl_grpo, **settings):
+    shared = {name: value for name, value in SMALL.items() if name in algorithm.Config.__dataclass_fields__}
+    config = algorithm.Config(**shared | settings)
     model, folder = load("tiny")
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     attach(model, preset(lora_config, config.dual), seed=0)
     env = Stories(get_reward("sentence_length_5_smooth_plus_happy"), PROMPTS, Labelling(0.9))
-    return Trainer(model, env, tokenizer, config)
+    return algorithm.Trainer(model, env, tokenizer, config)
 
 
 def values(trainer, branch=None) -> dict[str, torch.Tensor]:
@@ -188,3 +193,96 @@ def test_a_restored_trainer_goes_on_with_the_basis_it_had(tmp_path, basis, mode)
         a, b = ({k: v for k, v in t.step()[0].items() if not k.startswith("time/")} for t in (unbroken, resumed))
         assert a == b and same(values(unbroken), values(resumed))
     assert mode not in WHOLE or not torch.equal(unbroken.projector.directions, old), "a refresh makes them afresh"
+
+
+# ---------------------------------------------------------------------------------------------------- PPO and REINFORCE
+
+OTHERS = {rl_ppo: {"num_epochs": 2, "num_minibatches": 2, "target_kl": 0.0}, rl_reinforce: {}}  # four optimizer steps, and one
+
+
+@pytest.mark.parametrize("algorithm", OTHERS)
+@pytest.mark.parametrize("lora_config, routed, project_on", [
+    ("ds", "none", "gradient"), ("ds", "none", "update"), ("r4o", "none", "gradient"), ("r2", "dual", "update"),
+])  # fmt: skip
+def test_other_algorithms_project_each_of_their_steps(algorithm, lora_config, routed, project_on):
+    settings = {"basis": "pairs", "pair_count": 6, "projection": "no_gate", "project_on": project_on, "routing": routed}
+    trainer = trainer_of(lora_config, algorithm, **settings, **OTHERS[algorithm])
+    for _ in range(2):
+        before, bad = values(trainer), values(trainer, "bad")
+        metrics, _ = trainer.step()
+    stats, other = ("projection", "moved") if project_on == "gradient" else ("moved", "projection")
+    assert abs(metrics[f"{stats}/signed_out"]) < 1e-5 and metrics[f"{stats}/cout"] < 1e-5 < metrics[f"{stats}/cin"]
+    assert metrics[f"{other}/cout"] == metrics[f"{other}/cin"] > 1e-5 and metrics.get("optimizer_steps", 1) in (1, 4)
+    moved = {name: before[name] - p for name, p in values(trainer).items()}
+    left = [(V @ moved[name].reshape(-1)).abs().max() / moved[name].norm() for name, V in trainer.projector.basis.rows.items()]
+    assert (max(left) < 1e-4) == (project_on == "update"), "AdamW turns back a projected gradient's step"
+    assert not any(name in trainer.projector.basis.rows for name in bad), "the bad branch may learn along the axes"
+
+
+@pytest.mark.parametrize("algorithm", OTHERS)
+def test_other_algorithms_measure_without_changing_a_bit_and_are_clipped_after(algorithm):
+    basis = {"basis": "pairs", "pair_count": 6}
+    bare, watched = (trainer_of("r2", algorithm, **flags, **OTHERS[algorithm]) for flags in ({}, basis))
+    for _ in range(2):
+        plain, _ = bare.step()
+        metrics, _ = watched.step()
+    assert same(values(bare), values(watched)) and plain["loss"] == metrics["loss"]
+    assert metrics["projection/cin"] == metrics["projection/cout"] > 0 and "projection/cin" not in plain
+    clipped = trainer_of("r2", algorithm, projection="no_gate", max_grad_norm=1e-3, **basis)
+    metrics, _ = clipped.step()
+    assert 1e-3 < metrics["grad_norm/adapter"] < 0.999 * metrics["grad_norm_mean"], "what is clipped is what is left"
+
+
+@pytest.mark.parametrize("algorithm", OTHERS)
+def test_other_algorithms_route_the_removed_part(algorithm):
+    settings = {"basis": "pairs", "pair_count": 6, "removed": "route", "weight_decay": 0.0} | OTHERS[algorithm]
+    trainer = trainer_of("ds", algorithm, projection="one_sided", **settings)
+    assert trainer.config.dual
+    before = values(trainer, "bad")
+    trainer.step()
+    moved = [name for name, p in values(trainer, "bad").items() if not torch.equal(p, before[name])]
+    assert moved and {name.replace(".bad.", ".good.") for name in moved} <= set(trainer.projector.basis.rows)
+    measured = trainer_of("ds", algorithm, routing="dual", **{k: v for k, v in settings.items() if k != "removed"})
+    with assert_isolated(measured.model, *[] if measured.step()[0]["flagged"] else ["bad"]):
+        measured.step()
+    with pytest.raises(ValueError, match="--removed route: the branches of this adapter share no basis"):
+        trainer_of("r2", algorithm, projection="one_sided", **settings)
+
+
+def test_bundles_are_projected_all_of_them():
+    """Whatever a loss may train, it learns nothing along the axes."""
+    settings = {"basis": "pairs", "pair_count": 4, "projection": "no_gate", "loss_routes": "ssl_rl_separate", "kl_in": "loss"}
+    trainer = trainer_of("bundles", rl_ppo, **settings, **OTHERS[rl_ppo])
+    metrics, _ = trainer.step()
+    assert metrics["projection/cout"] < 1e-5 < metrics["projection/cin"]
+    for bundle in ("b_rl_policy", "b_rl_value", "b_rl_anchor", "b_rl_explore"):
+        assert any(f".{bundle}." in name for name in trainer.projector.basis.rows), bundle
+
+
+@pytest.mark.parametrize("algorithm, basis", [(rl_ppo, "pairs"), (rl_reinforce, "pairs"), (rl_reinforce, "live")])
+def test_other_algorithms_go_on_bitwise_from_a_checkpoint(tmp_path, algorithm, basis):
+    settings = {"basis": basis, "projection": "one_sided", "basis_refresh": 3} | OTHERS[algorithm]
+    settings |= {"num_generations": 4} if basis == "live" else {"pair_count": 4}
+    unbroken = trainer_of("ds", algorithm, **settings)
+    if basis == "live":
+        add_contrasts(unbroken)
+    for _ in range(2):
+        unbroken.step()
+    assert unbroken.projector.basis is not None
+    _, *saved = load_checkpoint(write_checkpoint(tmp_path, 2, *unbroken.state()))
+    resumed = trainer_of("ds", algorithm, **settings)
+    resumed.restore(*saved)
+    for _ in range(2):
+        a, b = ({k: v for k, v in t.step()[0].items() if not k.startswith("time/")} for t in (unbroken, resumed))
+        assert a == b and same(values(unbroken), values(resumed))
+
+
+@pytest.mark.parametrize("algorithm, settings, message", [
+    (rl_ppo, {"basis": "live", "basis_refresh": 2}, "PPO samples one of each"),
+    (rl_ppo, {"basis": "pairs", "projection": "no_gate", "removed": "route", "routing": "dual"}, "leave --routing and"),
+    (rl_ppo, {"projection": "no_gate"}, "--projection does nothing without a --basis"),
+    (rl_ppo, {"basis": "pairs", "bad_lr_scale": 1.0}, "--bad_lr_scale does nothing without --routing dual"),
+])  # fmt: skip
+def test_what_another_algorithm_can_not_project_is_named(algorithm, settings, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm.Config(**settings)

@@ -14,6 +14,7 @@ import routing
 from adapters import adapter_tensors, attach, branch_parameters, parameters_of, preset, reference
 from envs import Scores
 from model import Decoder, ModelConfig
+from projector import Projector
 from rl_ppo import Config, Experience, Trainer, gae, gradients, look, minibatches, policy_loss, rate, update, value_loss, whitened
 from sampling import Rollout, Sampler
 
@@ -294,6 +295,22 @@ def test_how_a_batch_is_split_changes_no_gradient(routed, kl_in):
             torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=1e-4)
 
 
+def test_norms_are_those_of_micro_batches_alone():
+    """Each over its own tokens, without the value head; a step's are those of all its minibatches."""
+    model = small("r2", warm=0.2)
+    rollout, head, config = roll(model), head_of(model, warm=0.3), Config(max_new_tokens=5, micro_batch_size=5)
+    seen, everything, norms, alone = experienced(model, head, rollout, config), torch.arange(12), [], []
+    gradients(model, head, rollout, seen, everything, {}, None, config, norms)
+    for rows in rl_ppo.micro_batches(rollout, everything, 5):
+        clear(model, head)
+        gradients(model, head, rollout, seen, rows, {}, None, config)
+        alone.append(routing.gradient_flow(model)["adapter"])
+    assert norms == pytest.approx(alone, rel=1e-4) and len(set(norms)) == 3
+    metrics, _ = trainer_of(micro_batch_size=4, num_epochs=1, target_kl=0.0).step()
+    assert metrics["grad_norm_mean"] > 0 and metrics["grad_norm_std"] > 0
+    assert trainer_of(num_epochs=1, num_minibatches=1).step()[0]["grad_norm_std"] == 0
+
+
 # --------------------------------------------------------------------------------------------------------------- routing
 
 
@@ -318,7 +335,7 @@ def test_one_routed_pass_is_the_two_pass_reference(mode):
 
 
 def test_losses_are_routed_one_by_one():
-    """`backward` under a router: every bundle gets torch.autograd.grad of the losses that may train it, and no other's."""
+    """Under a router every bundle gets torch.autograd.grad of the losses that may train it, and of no other."""
     model = small("bundles", warm=0.3)
     rollout, head = roll(model), head_of(model, warm=0.3)
     config = Config(kl_in="loss", max_new_tokens=5, loss_routes="ssl_rl_separate")
@@ -332,7 +349,7 @@ def test_losses_are_routed_one_by_one():
             losses[loss].backward()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rl_ppo, "backward", only)
+            patch.setattr(routing, "backward", only)
             gradients(model, head, rollout, seen, rows, {}, None, config)
         alone[loss] = grads(model, head)
         clear(model, head)
@@ -392,7 +409,8 @@ def test_every_branch_and_the_value_head_are_clipped_by_themselves():
     groups = {name: list(p.values()) for name, p in branch_parameters(model).items()} | {"value_head": list(head.parameters())}
     before = {name: [p.detach().clone() for p in group] for name, group in groups.items()}
     optimizer = torch.optim.SGD([p for group in groups.values() for p in group], lr=1.0)
-    metrics = update(model, head, optimizer, rollout, seen, torch.zeros(12).bool(), config, torch.Generator().manual_seed(0))
+    projector = Projector(model, TOKENIZER, config)
+    metrics = update(model, head, optimizer, projector, rollout, seen, torch.zeros(12).bool(), config, torch.Generator())
     for name, group in groups.items():
         step = torch.stack([(p - q).norm() for p, q in zip(group, before[name])]).norm().item()
         assert step == pytest.approx(min(0.01, metrics[f"grad_norm/{name}"]), rel=1e-3), name
@@ -423,6 +441,8 @@ def test_the_first_look_is_on_policy_and_at_kl_zero(law, kl_in, routed):
         assert (metrics["kl"] == 0) == (step == 0)
         assert metrics["logprob_gap"] < 1e-5 and metrics["approx_kl"] < 1e-9 and metrics["clip_frac"] == 0  # the ratio is 1
         assert metrics.get("kl_loss", 0) == pytest.approx(0.1 * metrics["kl"] if kl_in == "loss" else 0, abs=1e-6)
+        assert metrics["kl_completion"] == pytest.approx(metrics["kl"] * metrics["length"], rel=1e-4)
+        assert metrics["loss"] == pytest.approx(sum(metrics.get(name, 0) for name in rl_ppo.LOSSES), abs=1e-6)
         assert metrics["value_clip_frac"] == 0 and metrics["optimizer_steps"] == 1 and isinstance(text, str)
         assert trainer.steps_done == step + 1
 
