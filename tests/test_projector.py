@@ -17,7 +17,6 @@ from projection import WHOLE, agem, null_of, pair_gradients
 from projector import SOURCES
 from reward_specs import get_reward
 from rl_grpo import Config
-from routing import assert_isolated
 
 SMALL = {"batch_size": 8, "num_generations": 4, "max_new_tokens": 24, "lr": 1e-2, "weight_decay": 0.1, "beta": 0.01}
 PROMPTS = {split: texts[:8] for split, texts in embedded_prompts().items()}
@@ -235,18 +234,15 @@ def test_other_algorithms_measure_without_changing_a_bit_and_are_clipped_after(a
 
 @pytest.mark.parametrize("algorithm", OTHERS)
 def test_other_algorithms_route_the_removed_part(algorithm):
-    settings = {"basis": "pairs", "pair_count": 6, "removed": "route", "weight_decay": 0.0} | OTHERS[algorithm]
-    trainer = trainer_of("ds", algorithm, projection="one_sided", **settings)
+    settings = {"basis": "pairs", "pair_count": 6, "removed": "route", "weight_decay": 0.0, "projection": "one_sided"}
+    trainer = trainer_of("ds", algorithm, **settings)
     assert trainer.config.dual
     before = values(trainer, "bad")
     trainer.step()
     moved = [name for name, p in values(trainer, "bad").items() if not torch.equal(p, before[name])]
     assert moved and {name.replace(".bad.", ".good.") for name in moved} <= set(trainer.projector.basis.rows)
-    measured = trainer_of("ds", algorithm, routing="dual", **{k: v for k, v in settings.items() if k != "removed"})
-    with assert_isolated(measured.model, *[] if measured.step()[0]["flagged"] else ["bad"]):
-        measured.step()
     with pytest.raises(ValueError, match="--removed route: the branches of this adapter share no basis"):
-        trainer_of("r2", algorithm, projection="one_sided", **settings)
+        trainer_of("r2", algorithm, **settings)
 
 
 def test_bundles_are_projected_all_of_them():
