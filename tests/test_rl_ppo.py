@@ -488,7 +488,7 @@ def test_each_branch_and_the_value_head_has_its_own_rate():
 
 def test_placebo_labels_are_as_many_on_other_completions(monkeypatch):
     drawn = []
-    monkeypatch.setattr(rl_ppo, "update", lambda *args: drawn.append(args[5]) or {})
+    monkeypatch.setattr(rl_ppo, "update", lambda *args: drawn.append(args[6]) or {})
     for placebo in (False, True):
         trainer = trainer_of(env=table(flagged=answers()[::3]), routing="dual", placebo=placebo, batch_size=32)
         trainer.step()
