@@ -32,7 +32,7 @@ from model import Decoder, hf_name
 
 
 def save_adapter(model: Decoder, path: str | Path) -> None:
-    """Writes the branches, with kind, ranks, alphas, targets and stride in the file itself.
+    """Writes the branches, with kind, ranks, alphas, targets, stride and dropout in the file itself.
 
     A delta is coordinates in singular vectors, which are not in the file: fingerprints of them are.
     """
@@ -60,8 +60,9 @@ def load_reference(model: Decoder, path: str | Path) -> None:
 
 def spec_from_dict(values: dict) -> AdapterSpec:
     return AdapterSpec(
-        values["kind"], tuple(Branch(**b) for b in values["branches"]), tuple(values["targets"]), values["stride"]
-    )
+        values["kind"], tuple(Branch(**b) for b in values["branches"]), tuple(values["targets"]), values["stride"],
+        values.get("dropout", 0.0),  # files from before there was any lack it
+    )  # fmt: skip
 
 
 def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, branch: str = "adapter") -> Decoder:
@@ -88,12 +89,12 @@ def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, b
                 raise ValueError(f"{file}: its deltas are of other singular vectors than {layer} has here: load the weights "
                                  "they were trained on, or the PEFT export of the branch, which holds its own")
         return model
-    config = path / "adapter_config.json"
+    config, dropout = path / "adapter_config.json", 0.0
     if config.is_file():
         values = json.loads(config.read_text())
         if values.get("use_dora") or values.get("use_rslora") or values.get("alpha_pattern") or values.get("rank_pattern"):
             raise ValueError(f"{config}: DoRA, rsLoRA and per-layer ranks are not supported")
-        alpha = float(values["lora_alpha"])
+        alpha, dropout = float(values["lora_alpha"]), float(values.get("lora_dropout", 0.0))
     if alpha is None:
         raise ValueError(f"{file} does not say its alpha; pass alpha=... (its ranks are read from the shapes)")
     ours = {hf_name(name, model.config.family): name for name, _ in model.named_modules()}
@@ -110,7 +111,7 @@ def load_adapter(model: Decoder, path: str | Path, alpha: float | None = None, b
     stride = 1 if len(layers) == model.config.layers else 2
     if len(ranks) != 1 or layers != set(range(0, model.config.layers, stride)):
         raise ValueError(f"{file}: one rank and every (second) layer are supported, not ranks {ranks}, layers {layers}")
-    attach(model, AdapterSpec("lora", (Branch(branch, ranks.pop(), alpha),), tuple(sorted(targets)), stride))
+    attach(model, AdapterSpec("lora", (Branch(branch, ranks.pop(), alpha),), tuple(sorted(targets)), stride, dropout))
     set_adapter_tensors(model, tensors, str(file))
     return model
 
@@ -140,7 +141,7 @@ def export_peft(model: Decoder, branch: str, folder: str | Path, base_model: str
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": chosen[0].alpha * (rank / chosen[0].rank),
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": family == "gpt2", "inference_mode": True,
+        "lora_dropout": spec.dropout, "bias": "none", "fan_in_fan_out": family == "gpt2", "inference_mode": True,
         "base_model_name_or_path": base_model, "target_modules": list(layers),
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

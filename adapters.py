@@ -16,7 +16,7 @@ import copy
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,8 @@ class Branch:
 
 
 FULL_RANK = 2**31  # of a delta: every singular direction, min(in, out) of each layer
-LINEAR_KINDS = ("lora", "lora_b", "delta_s")
+LOW_RANK = ("lora", "lora_b")
+LINEAR_KINDS = (*LOW_RANK, "delta_s")
 KINDS = (*LINEAR_KINDS, "mlp", "bundles", "full")
 
 
@@ -54,6 +55,7 @@ class AdapterSpec:
     branches: tuple[Branch, ...] = ()
     targets: tuple[str, ...] = ()  # names of linear layers; empty: all of the family
     stride: int = 1  # every how-manieth layer is adapted
+    dropout: float = 0.0  # share of a low-rank branch's inputs that is dropped in training: see `dropping`
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -69,6 +71,8 @@ class AdapterSpec:
             raise ValueError(f"stride must be at least 1 (every layer), not {self.stride}")
         if self.targets and self.kind not in LINEAR_KINDS:
             raise ValueError(f"targets choose linear layers; a {self.kind} adapter takes none: {self.targets}")
+        if not 0 <= self.dropout < 1 or (self.dropout and self.kind not in LOW_RANK):
+            raise ValueError(f"dropout is a share, below 1, of a low-rank branch's inputs, not {self.dropout} of {self.kind}")
 
 
 @dataclass
@@ -81,6 +85,7 @@ class Adapter:
     frozen: Decoder | None = None  # full fine-tuning alone: a copy of the model as it was
     groups: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)  # trainable parameters by branch and name
     constants: dict[str, nn.Parameter] = field(default_factory=dict)  # frozen tensors that were drawn: the A of lora_b
+    dropping: bool = False  # whether passes that record gradients drop inputs
 
     @property
     def names(self) -> list[str]:
@@ -128,9 +133,20 @@ class LoRALinear(nn.Module):
         active = self.active()
         if not active:
             return self.base(x)
+        if self.adapter.dropping and torch.is_grad_enabled():
+            return self.dropped(x, active)
         pairs = [p for _, branch, _ in active for p in (branch.A, branch.B)]
         gates = [self.adapter.gates[name] for name, _, _ in active]
         return AddBranches.apply(x, self.base.weight, self.base.bias, [s for *_, s in active], gates, *pairs)
+
+    def dropped(self, x, active):
+        """W x + b + sum_k s_k B_k A_k z, z what F.dropout leaves of x: 0 at the rate p, else x / (1 - p), in fp32. All branches
+        read one z, so that good and bad are together the one LoRA of the summed rank, as without dropout."""
+        z, y = F.dropout(x.to(active[0][1].A.dtype), self.adapter.spec.dropout), self.base(x)
+        for name, branch, scale in active:
+            gate = self.adapter.gates[name]
+            y = y + scale * GatedLinear.apply(GatedLinear.apply(z, branch.A, gate), branch.B, gate)
+        return y.to(x.dtype)
 
     def pair(self, branch: str) -> tuple[torch.Tensor, torch.Tensor]:
         """One branch as A (r, in), B (out, r), without its scale and alpha / rank."""
@@ -286,6 +302,39 @@ def preset(name: str, dual: bool) -> AdapterSpec:
     return AdapterSpec(kind, branches, stride=2 if half else 1)
 
 
+@dataclass
+class AdapterFlags:
+    """What train scripts say of a LoRA beside its ranks, which --lora_config gives."""
+
+    lora_alpha: float = 0.0
+    """a LoRA's output is scaled by alpha / rank, the rank that it has without routing (r8: 16), and so is each branch; 0: by 1"""
+    lora_dropout: float = 0.0
+    """share of a LoRA's inputs dropped in the passes that make gradients, in no other; masks depend on the micro-batches"""
+    lora_targets: str = ""
+    """linear layers to adapt, by name, parted by commas: c_attn,c_proj (gpt2), query_key_value (pythia); empty: all there are"""
+
+
+def spec_of(flags: dict, dual: bool) -> AdapterSpec:
+    """The adapter that a run's flags ask for: lora_config, and those of AdapterFlags, which older runs lack.
+
+    Two branches have the alpha / rank of the one without `dual`: r8 with alpha 32 is rank 16, or twice 8, scaled by 2. Raises
+    ValueError for what a --lora_config of that kind does not take.
+    """
+    name, values = flags["lora_config"], asdict(AdapterFlags()) | {k: v for k, v in flags.items() if hasattr(AdapterFlags, k)}
+    spec, alpha, dropout = preset(name, dual), values["lora_alpha"], values["lora_dropout"]
+    for flag, kinds in (("lora_alpha", LOW_RANK), ("lora_dropout", LOW_RANK), ("lora_targets", LINEAR_KINDS)):
+        if values[flag] and spec.kind not in kinds:
+            raise ValueError(f"--{flag} is of adapters {', '.join(kinds)}, and --lora_config {name} is {spec.kind}: leave it out")
+    if not alpha >= 0 or not 0 <= dropout < 1:
+        raise ValueError(f"--lora_alpha must be at least 0 and --lora_dropout in 0..1, below 1, not {alpha} and {dropout}")
+    branches = spec.branches
+    if alpha:
+        rank = preset(name, dual=False).branches[0].rank
+        branches = tuple(replace(b, alpha=alpha * b.rank / rank) for b in branches)
+    targets = tuple(target.strip() for target in values["lora_targets"].split(",") if target.strip())
+    return replace(spec, branches=branches, targets=targets, dropout=dropout)
+
+
 def attach(model: Decoder, spec: AdapterSpec, seed: int = 0) -> Decoder:
     """Freezes the model and attaches branches in place. `seed` draws their initial values. Returns the model.
 
@@ -347,6 +396,26 @@ def scaled(model: Decoder, **scales: float):
         yield model
     finally:
         model.adapter.scales.update(before)
+
+
+@contextmanager
+def dropping(model: Decoder, seed: int):
+    """Inside the block, forward passes that record gradients drop inputs of low-rank branches at the spec's rate; those of the
+    sampler, the reference and evaluations, which record none, never do. At rate 0 it does nothing at all.
+
+    Masks are a function of `seed` (a step's, so that there is nothing to save) and of what passes there are. They come from the
+    global generator, which activation checkpointing replays, and which is given back as it was.
+    """
+    if not model.adapter.spec.dropout:
+        yield
+        return
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed ^ 0x5DEECE66D)  # another stream than the one that the step's tokens are drawn from
+        model.adapter.dropping = True
+        try:
+            yield
+        finally:
+            model.adapter.dropping = False
 
 
 @contextmanager

@@ -3,10 +3,11 @@
     python analyze.py output/routing                                   # hypotheses from configs/routing.yaml
     python analyze.py output/routing --config configs/other.yaml
     python analyze.py output/routing --bad_scales 0,.25,.5,.75,1       # evaluates the routed runs' adapters at these scales too
+    python analyze.py --results_dir results                            # the estimators' experiment: estimator_report.py
 
-The folder is one that sweep.py wrote. Everything goes to its `analysis/`: report.md (verdicts, missing runs, figures, summary),
-summary.md and summary.tex, results.json (every number), and the figures. Seeds are the observations: every interval is a 95%
-interval over seeds. What a hypothesis may say: hypotheses.py.
+The folder is one that sweep.py wrote; one with results.json files in it is the estimators'. Everything goes to its `analysis/`:
+report.md (verdicts, missing runs, figures, summary), summary.md and summary.tex, results.json (every number), and the figures.
+Seeds are the observations: every interval is a 95% interval over seeds. What a hypothesis may say: hypotheses.py.
 """
 
 import json
@@ -23,6 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tqdm import tqdm
 
+import estimator_report
+import estimator_runs
 from checkpoints import atomic_write
 from experiments import (
     Run,
@@ -34,22 +37,25 @@ from experiments import (
     load,
     markdown,
     movement,
+    plain,
     plus_minus,
     records,
     summarise,
     summary_rows,
 )
-from fronts import equal_gain_table, price_paths, price_plane, price_table
+from figures import GREY, PALE, PALETTE, STYLE, band, legend, limits, over_seeds, panels
+from fronts import equal_gain_table, joint_front, price_paths, price_plane, price_table
 from hypotheses import MIN_SEEDS, Verdict, judge_all, read_hypotheses
 from model import check_device
-from stats import mean_interval
 from verdict import bad_scale_rows
 
 
 @dataclass
 class Args:
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[str] = ""
     """an experiment's folder, as sweep.py writes it: runs.json and the run folders"""
+    results_dir: str = ""
+    """in its place: a folder with results.json files somewhere below it, the runs of the estimators' experiment"""
     config: str = ""
     """the experiment's YAML file, for its `hypotheses`; default: configs/<the folder's name>.yaml"""
     arms: str = ""
@@ -64,14 +70,6 @@ class Args:
     """where --bad_scales evaluates"""
 
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C3E", "#444444")  # Okabe and Ito's, extended
-GREY, PALE = "#8a8a8a", "#c9c9c9"
-STYLE = {
-    "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.edgecolor": "#666666", "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7,
-    "axes.axisbelow": True, "xtick.color": "#444444", "ytick.color": "#444444", "legend.frameon": False, "legend.fontsize": 9,
-    "lines.linewidth": 1.7, "lines.solid_capstyle": "round", "savefig.dpi": 150, "figure.constrained_layout.use": True,
-}  # fmt: skip
 CURVES = {"reward": "reward", "task": "task", "hack_rate": "hack rate", "kl": "KL to the untrained model, nats a token"}
 MODES = {"both": ("o", "#444444"), "retain_only": ("v", "#009E73"), "forget_only": ("s", "#D55E00")}  # marker and colour
 DEGENERATE = {"unique": (-1, 0.5), "jaccard": (0.7, 2)}  # as verdict.diversity flags it
@@ -87,7 +85,7 @@ def learning_curves(runs: list[Run], colours: dict[str, str], titles: dict[str, 
     keys = [key for key in titles if any(len(curve(group, key)[0]) for group in groups.values())]
     if not keys:
         return None
-    figure, axes = _panels(len(keys), 2, 4.9, 2.9)
+    figure, axes = panels(len(keys), 2, 4.9, 2.9)
     apart = False
     for axis, key in zip(axes, keys):
         seen = []
@@ -95,12 +93,12 @@ def learning_curves(runs: list[Run], colours: dict[str, str], titles: dict[str, 
             for coherence, line in ((False, "-"), (True, (0, (4, 2)))):
                 steps, values = curve(group, key, coherence)
                 if len(steps):
-                    mean, half = _over_seeds(values)
-                    _band(axis, steps, mean, half, colours[label], linestyle=line)
+                    mean, half = over_seeds(values)
+                    band(axis, steps, mean, half, colours[label], linestyle=line)
                     seen.append(values[np.isfinite(values)])
                     apart |= coherence
-        axis.set(title=titles[key], xlabel="step", ylim=_range(np.concatenate(seen)))
-    _legend(figure, colours, groups, [Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="bad branch off")] * apart)
+        axis.set(title=titles[key], xlabel="step", ylim=limits(np.concatenate(seen)))
+    legend(figure, colours, groups, [Line2D([], [], color=GREY, linestyle=(0, (4, 2)), label="bad branch off")] * apart)
     return figure
 
 
@@ -130,7 +128,7 @@ def plane(runs: list[Run], colours: dict[str, str], x="task", y="hack", start="b
     others = Line2D([], [], color=PALE, marker="o", linestyle="", label="other arms")
     extra = [both, *[retained] * any(end in run.modes for run in runs), *[star] * bool(untrained), *[others] * bool(spare)]
     axis.set(xlabel=x, ylabel=y, title=f"{x} and {y}: a point a run")
-    _legend(figure, colours, by_label(runs), extra, where="outside right upper", columns=1, marker="o")
+    legend(figure, colours, by_label(runs), extra, where="outside right upper", columns=1, marker="o")
     return figure
 
 
@@ -154,7 +152,7 @@ def arms_chart(runs: list[Run], measures=("task", "hack")) -> Figure | None:
                 y = row + 0.2 * (place - (len(there) - 1) / 2)
                 axis.plot([mean - half, mean + half], [y, y], color=colour, linewidth=1.6, alpha=0.6)
                 axis.plot(mean, y, marker, color=colour, markersize=5.5, markeredgecolor="white", markeredgewidth=0.5)
-        axis.set(title=measure, ylim=(len(labels) - 0.5, -0.5), xlim=_range([cell[measure][0] for cell in table.values()]))
+        axis.set(title=measure, ylim=(len(labels) - 0.5, -0.5), xlim=limits([cell[measure][0] for cell in table.values()]))
         axis.grid(axis="y", visible=False)
         for row in range(1, len(labels)):
             axis.axhline(row - 0.5, color="#ececec", linewidth=0.7)
@@ -171,19 +169,19 @@ def bad_scale_curve(runs: list[Run], rows: dict[Path, dict], colours: dict[str, 
     groups = {label: group for label, group in groups.items() if group}
     if not groups:
         return None
-    figure, axes = _panels(len(measures), 2, 4.4, 3.4)
+    figure, axes = panels(len(measures), 2, 4.4, 3.4)
     for axis, measure in zip(axes, measures):
         for label, group in groups.items():
             scales = sorted(set.intersection(*[set(rows[run.folder]) for run in group]))  # the band takes all seeds
             values = np.array([[rows[run.folder][scale][measure] for scale in scales] for run in group])
-            mean, half = _over_seeds(values)
+            mean, half = over_seeds(values)
             axis.plot(scales, values.T, color=colours[label], linewidth=0.7, alpha=0.35)
-            _band(axis, scales, mean, half, colours[label], marker="o", markersize=4)
-        low, high = _range([row[measure] for r in rows.values() for row in r.values()])
+            band(axis, scales, mean, half, colours[label], marker="o", markersize=4)
+        low, high = limits([row[measure] for r in rows.values() for row in r.values()])
         untrained = np.mean([run.modes["untrained"][measure] for group in groups.values() for run in group])
         axis.axhline(untrained, color="black", linewidth=1, linestyle=":")
         axis.set(title=measure, xlabel="scale of the bad branch", ylim=(min(low, untrained - 0.02), max(high, untrained + 0.02)))
-    _legend(figure, colours, groups, [Line2D([], [], color="black", linewidth=1, linestyle=":", label="untrained")])
+    legend(figure, colours, groups, [Line2D([], [], color="black", linewidth=1, linestyle=":", label="untrained")])
     return figure
 
 
@@ -201,58 +199,21 @@ def collapse_curve(runs: list[Run]) -> Figure | None:
     colours = dict(zip(lines, PALETTE * len(lines)))
     betas = sorted({beta for points in lines.values() for beta in points})  # evenly spaced: they are often powers, or 0
     names = {"reward": "reward", "unique": "unique share", "jaccard": "Jaccard similarity"}
-    figure, axes = _panels(len(names), 3, 3.6, 3.1)
+    figure, axes = panels(len(names), 3, 3.6, 3.1)
     for axis, measure in zip(axes, names):
         seen = []
         for label, points in lines.items():
             there = [beta for beta in betas if beta in points]
-            mean, half = np.array([_over_seeds(np.array([[row[measure]] for row in points[beta]])) for beta in there])[:, :, 0].T
-            _band(axis, [betas.index(beta) for beta in there], mean, half, colours[label], marker="o", markersize=4.5)
+            mean, half = np.array([over_seeds(np.array([[row[measure]] for row in points[beta]])) for beta in there])[:, :, 0].T
+            band(axis, [betas.index(beta) for beta in there], mean, half, colours[label], marker="o", markersize=4.5)
             seen += list(mean)
-        axis.set(title=names[measure], xlabel="β", ylim=_range(seen))
+        axis.set(title=names[measure], xlabel="β", ylim=limits(seen))
         axis.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
         if measure in DEGENERATE:
-            axis.set_ylim(*_range([0, 1]))
+            axis.set_ylim(*limits([0, 1]))
             axis.axhspan(*DEGENERATE[measure], color="#f0f0f0", zorder=0)
-    _legend(figure, colours, lines, [Line2D([], [], color="#dddddd", linewidth=7, label="degenerate")])
+    legend(figure, colours, lines, [Line2D([], [], color="#dddddd", linewidth=7, label="degenerate")])
     return figure
-
-
-def _band(axis, x, mean: np.ndarray, half: np.ndarray, colour: str, **line) -> None:
-    axis.plot(x, mean, color=colour, **line)
-    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-
-
-def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * min(count, columns), height * rows + 0.4))
-    axes = np.ravel(figure.subplots(rows, min(count, columns), squeeze=False))
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, list(axes[:count])
-
-
-def _over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(runs, S) with NaN where a run has none -> mean (S,) and half-width of the 95% interval (S,).
-
-    NaN under three runs, where it would be wider than any picture: of two runs it is nine times their distance.
-    """
-    columns = [column[np.isfinite(column)] for column in values.T]
-    halves = [mean_interval(column)[1] if len(column) >= MIN_SEEDS else math.nan for column in columns]
-    return np.array([column.mean() for column in columns]), np.array(halves)
-
-
-def _range(values) -> tuple[float, float]:
-    """The values' range with some room, so that a wide band cannot flatten the picture."""
-    low, high = float(np.min(values)), float(np.max(values))
-    room = 0.06 * (high - low) + 1e-3
-    return low - room, high + room
-
-
-def _legend(figure: Figure, colours: dict, groups: dict, extra=(), where="outside upper center", columns=4, marker="") -> None:
-    line = {"marker": marker, "linestyle": "" if marker else "-"}
-    handles = [Line2D([], [], color=colours[label], label=label, **line) for label in groups if label in colours]
-    figure.legend(handles=[*handles, *extra], loc=where, ncols=min(columns, len(handles) + len(extra)))
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -307,22 +268,14 @@ def report(folder: Path, runs: list[Run], verdicts: list[Verdict], figures: list
     heads, prices = price_table(finished(runs))
     if prices:
         lines += ["## What the reward costs", "", markdown(heads, prices)]
+        lines += [f"On the front of all, by their means: {'; '.join(joint_front(finished(runs)))}.", ""]
     heads, prices = equal_gain_table(finished(runs))
     if prices:
-        lines += ["What the same gain had cost on the way:", "", markdown(heads, prices)]
+        lines += ["What the same gain had cost on the way, in perplexity degradation:", "", markdown(heads, prices)]
     lines += ["## Movement of the training metrics over the last quarter", "", f"Bold: by more than {STILL}.", ""]
     lines += [markdown(["arm", "task", "hack rate", "reward"], still_moving(finished(runs))), "## Figures", ""]
     lines += [f"![{name.replace('_', ' ')}]({name}.png)\n" for name in figures]
     return "\n".join([*lines, "## Summary", "", summary])
-
-
-def plain(value):
-    """A value as JSON holds it: NaN and infinities are null."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --------------------------------------------------------------------------------------------------------- main
@@ -360,6 +313,14 @@ def colours_of(runs: list[Run], arms: str) -> dict[str, str]:
     return dict(zip(chosen, PALETTE))
 
 
+def arm_colours(runs: list[Run], arms: str) -> dict[str, str]:
+    """arm -> colour, where a figure has a colour for an arm and not for each of its settings; chosen as `colours_of` does."""
+    groups, names = by_label(runs), [name.strip() for name in arms.split(",") if name.strip()]
+    chosen = [group[0].arm for label, group in groups.items()
+              if (label in names or group[0].arm in names if names else len(group) >= MIN_SEEDS)]  # fmt: skip
+    return dict(zip(dict.fromkeys(chosen or [group[0].arm for group in groups.values()]), PALETTE))
+
+
 def scales_of(words: str) -> list[float]:
     try:
         return sorted({float(word) for word in words.split(",") if word.strip()})
@@ -386,14 +347,15 @@ def further_curves(runs: list[Run], words: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], further: dict[str, str]) -> list[str]:
+def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], further: dict[str, str], arms: str) -> list[str]:
     """Every figure that the runs have data for, as PNG; their names."""
+    by_arm = arm_colours(runs, arms)
     with matplotlib.rc_context(STYLE):
         figures = {
             "learning_curves": learning_curves(runs, colours), "plane": plane(runs, colours), "arms": arms_chart(runs),
             "bad_scale": bad_scale_curve(runs, scaled, colours), "collapse": collapse_curve(runs),
-            "curves": learning_curves(runs, colours, further), "price": price_plane(runs, PALETTE),
-            "price_paths": price_paths(runs, PALETTE),
+            "curves": learning_curves(runs, colours, further), "price": price_plane(runs, by_arm),
+            "price_paths": price_paths(runs, by_arm),
         }  # fmt: skip
         drawn = [name for name, figure in figures.items() if figure is not None]
         for name in drawn:
@@ -401,7 +363,24 @@ def draw(out: Path, runs: list[Run], scaled: dict, colours: dict[str, str], furt
     return drawn
 
 
+def estimators_folder(args: Args) -> Path | None:
+    """The folder, if it is one of the estimators' experiment. Raises ValueError for flags that say nothing of it."""
+    if bool(args.folder) == bool(args.results_dir):
+        raise ValueError("give an experiment's folder: python analyze.py output/routing, or --results_dir results")
+    folder = Path(args.results_dir or args.folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not args.results_dir and not estimator_runs.run_files(folder):
+        return None
+    for name in ("config", "arms", "measures", "curves", "bad_scales", "device"):
+        if getattr(args, name) != getattr(Args, name):
+            raise ValueError(f"--{name} has no meaning for {folder}, whose results.json files are the estimators' experiment")
+    return folder
+
+
 def main(args: Args) -> None:
+    if estimators := estimators_folder(args):
+        return estimator_report.main(estimators)
     folder, scales = Path(args.folder), scales_of(args.bad_scales)
     check_device(args.device)
     every = load(folder)
@@ -419,7 +398,7 @@ def main(args: Args) -> None:
 
     out = folder / "analysis"
     out.mkdir(exist_ok=True)
-    figures = draw(out, runs, scaled, colours, further)
+    figures = draw(out, runs, scaled, colours, further, args.arms)
     heads, rows = ["arm", "mode", "seeds", *measures], summary_rows(summary, measures)
     atomic_write(out / "summary.md", markdown(heads, rows))
     atomic_write(out / "summary.tex", latex(heads, rows))

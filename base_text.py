@@ -7,14 +7,16 @@
 A residual bundle that was never trained writes 0, and what is not there cannot be spoilt. Every arm is taught alike: its SSL
 bundles learn, or, in an adapter that has none, all of it.
 """
+import copy
 import math
+import time
 
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from adapter_files import save_reference
-from adapters import branch_parameters, freeze_reference, set_adapter_tensors
+from adapters import branch_parameters, dropping, freeze_reference, set_adapter_tensors
 from bundles import bundle_alphas
 from data import right_pad
 from losses import text_logprobs
@@ -46,7 +48,7 @@ class TextTrainer:
         chosen = torch.randint(len(self.texts), (self.batch_size,), generator=generator).tolist()
         ids, mask = (x.to(self.model.device) for x in right_pad([self.texts[i] for i in chosen], self.pad_id))
         self.model.zero_grad(set_to_none=True)  # also what other losses left: None keeps momentum and decay away
-        with gates(self.model, **self.closed):
+        with gates(self.model, **self.closed), dropping(self.model, self.seed * 1_000_003 + step):
             loss = -text_logprobs(self.model, ids, mask).mean()
             loss.backward()
         norms = clip_per_branch(self.model, max_norm)
@@ -62,22 +64,26 @@ def teach(run, text: TextTrainer, steps: int, held_out: list[list[int]]) -> None
     run that goes on from a checkpoint takes it. Without one the phase begins again: its steps are the same."""
     model, path = text.model, run.folder / REFERENCE
     if run.checkpoint:
+        if not path.is_file():
+            raise ValueError(f"{path} is gone, the reference policy of this run: start again in another --output_dir")
         set_adapter_tensors(model, load_file(path), str(path))
         freeze_reference(model)
         return
-    before = text_loss(model, held_out, text.pad_id)
+    start, before = time.perf_counter(), text_loss(model, held_out, text.pad_id)
     losses = [text.step(step) for step in tqdm(range(steps), desc="base text")]
     freeze_reference(model)
     save_reference(model, path)
     after, late = text_loss(model, held_out, text.pad_id), losses[-max(1, steps // 10) :]
     run.log(0, {"ssl/loss": sum(late) / len(late), "ssl/perplexity_before": math.exp(before), "ssl/perplexity": math.exp(after)})
-    run.print(f"base text: {steps} steps; held-out perplexity {math.exp(before):.3f}, now {math.exp(after):.3f}")
+    seconds = time.perf_counter() - start
+    change = f"{math.exp(before):.3f}, now {math.exp(after):.3f}"
+    run.print(f"base text: {steps} steps in {seconds:.0f} s; held-out perplexity {change}")
 
 
 class Interleaved:
     """An algorithm's trainer that takes a step on base text after every `every` of its own (0: none), and logs alphas.
 
-    That step is the first thing of the next one, so that a step that fails leaves what was before it.
+    That step is the first thing of the next one, and is undone where the next one fails.
     """
 
     def __init__(self, trainer, text: TextTrainer, every: int):
@@ -87,10 +93,16 @@ class Interleaved:
         return getattr(self.trainer, name)
 
     def step(self):
-        metrics, step = {}, self.trainer.steps_done
+        metrics, before, step = {}, None, self.trainer.steps_done
         if self.every and step and step % self.every == 0:
+            before = copy.deepcopy(self.state())
             metrics["loss/lm"] = self.text.step(step)
-        own, sample = self.trainer.step()
+        try:
+            own, sample = self.trainer.step()
+        except FloatingPointError:
+            if before:
+                self.restore(*before)
+            raise
         if self.model.adapter.spec.kind == "bundles":
             metrics |= {f"alpha/{name}": alpha for name, alpha in bundle_alphas(self.model).items()}
         return own | metrics, sample

@@ -98,10 +98,15 @@ class BundledLayer(nn.Module):
 
     def __init__(self, base: nn.Module, width: int, adapter, generator):
         super().__init__()
-        self.base, self.adapter = base, adapter
-        branches, device = [b for b in adapter.spec.branches if b.rank], next(base.parameters()).device
-        ranks = bundle_ranks([b.rank for b in branches], width)
-        self.parts = nn.ModuleDict({b.name: Bundle(r, width, generator, device) for b, r in zip(branches, ranks)})
+        self.base, self.adapter, self.width, self.parts = base, adapter, width, nn.ModuleDict()
+        self.grow(generator)
+
+    def grow(self, generator) -> None:
+        """Draws the bundles that are in the adapter's spec and not here yet."""
+        branches, device = [b for b in self.adapter.spec.branches if b.rank], next(self.base.parameters()).device
+        for branch, rank in zip(branches, bundle_ranks([b.rank for b in branches], self.width)):
+            if branch.name not in self.parts:
+                self.parts[branch.name] = Bundle(rank, self.width, generator, device)
 
     def forward(self, *inputs):
         h = self.base(*inputs)

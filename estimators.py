@@ -23,8 +23,7 @@ from tqdm import tqdm
 import runs
 import training
 from adapter_files import export_peft, save_adapter
-from adapters import adapter_tensors, attach, set_adapter_tensors
-from adapters import preset as adapter_preset
+from adapters import LOW_RANK, AdapterFlags, adapter_tensors, attach, set_adapter_tensors, spec_of
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling
@@ -54,7 +53,7 @@ TEST = ("reward", "std", "kl", "n", "task", "hack", "length", "unique", "jaccard
 
 
 @dataclass
-class Flags:
+class Flags(AdapterFlags):
     model: str = "tiny"
     """policy and reward model's backbone: tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
     env: str = "sentiment"
@@ -206,7 +205,7 @@ def reward_model(args: Flags, config, root: Path) -> RewardModel:
 
 def build(args: Flags, config, root: Path):
     """(model with adapter, tokenizer, environment)."""
-    spec = adapter_preset(args.lora_config, config.dual)
+    spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)
@@ -319,7 +318,7 @@ def finish(run, trainer, args: Flags, best: Best, wall) -> None:
     rows = judged(trainer, args, prompts, modes)
     (folder / "model").mkdir(exist_ok=True)
     save_adapter(model, folder / "model" / "adapter.safetensors")
-    if model.adapter.spec.kind in ("lora", "lora_b"):
+    if model.adapter.spec.kind in LOW_RANK:
         for branch in (b for b in model.adapter.spec.branches if b.rank):
             export_peft(model, branch.name, folder / "model" / "peft" / branch.name, args.model)
     last = {name: t.detach().clone() for name, t in adapter_tensors(model).items()}

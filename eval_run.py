@@ -18,7 +18,8 @@ import runs
 from checkpoints import atomic_write, latest_checkpoint
 from code_env import check_box
 from model import check_device
-from reward_specs import get_reward
+from preference_env import check_reward, pays_answers, reported_rewards
+from reward_specs import get_reward, names_in
 from sampling import Sampler
 from verdict import evaluate_modes, is_dual, load_run, modes_of, numbers_of, pages, table
 
@@ -47,14 +48,16 @@ class Args:
 RESULT = "eval.json"  # in its folder an evaluation is finished
 
 
-def check(args: Args) -> list:
-    """The further rewards. ValueError for flags that are wrong whatever the run is."""
+def check(args: Args) -> None:
+    """ValueError for flags that are wrong whatever the run is."""
     if args.n < 1 or args.n_samples < 0:
         raise ValueError(f"--n must be at least 1 and --n_samples at least 0, not {args.n} and {args.n_samples}")
     check_device(args.device)
     if args.box:
         check_box(args.box)
-    return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+    for name in names_in(args.eval_rewards):
+        if not pays_answers(name):
+            get_reward(name)
 
 
 def resolve(argv: list[str]) -> tuple[Path, dict]:
@@ -89,17 +92,20 @@ def history(folder: Path, rows: int = 12) -> str:
 
 
 def main(args: Args) -> None:
-    extra = check(args)
+    check(args)
     folder, checkpoint = find(Path(args.model_path))
     run = runs.read_config(folder)
     if args.bad_scale is not None and not is_dual(run):
         raise ValueError(f"--bad_scale scales the bad branch, which {folder} does not have (--routing {run['routing']})")
+    for name in names_in(args.eval_rewards):
+        check_reward(run, name)
     _, model, tokenizer, env, law = load_run(folder, args.n, args.device, checkpoint, args.box)
     modes = modes_of(model, args.bad_scale if args.bad_scale is not None else run["bad_scale"])
     if args.no_routing_eval:
         modes = {name: modes[name] for name in ("untrained", "both")}
+    further = reported_rewards(run | {"device": args.device}, env, tokenizer, args.eval_rewards)
     sampler = Sampler(model, run.get("rollout_size", 0))  # which supervised runs do not have
-    rows = evaluate_modes(sampler, env, tokenizer, modes, args.n, run["max_new_tokens"], law, extra)
+    rows = evaluate_modes(sampler, env, tokenizer, modes, args.n, run["max_new_tokens"], law, further)
     print(f"{checkpoint or folder}: {args.n} test prompts\n\n{table(rows)}\n\ntraining history\n{history(folder)}\n")
     read = pages(rows, args.n_samples)
     print(read)

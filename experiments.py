@@ -70,7 +70,7 @@ def load(folder: str | Path) -> list[Run]:
     runs of one label share a seed.
     """
     folder = Path(folder)
-    entries = _read_manifest(folder / MANIFEST)
+    entries = read_manifest(folder / MANIFEST)
     loaded, seen = [], {}
     for entry in entries:
         arm, flags, place = entry["arm"], entry["flags"], folder / entry["folder"]
@@ -89,7 +89,7 @@ def load(folder: str | Path) -> list[Run]:
     return loaded
 
 
-def _read_manifest(path: Path) -> list[dict]:
+def read_manifest(path: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path.parent} is no experiment's folder: it has no {path.name} (sweep.py writes it)")
     entries = json.loads(path.read_text(encoding="utf-8"))
@@ -219,10 +219,10 @@ def summary_rows(summary: dict, measures: list[str]) -> list[list[str]]:
 
 
 def plus_minus(pair: tuple[float, float]) -> str:
-    """(0.91, 0.02) -> "0.910 ± 0.020"; a NaN half-width is left out."""
+    """(0.91, 0.02) -> "0.910 ± 0.020"; fewer decimals of what is large; a NaN half-width is left out."""
     mean, half = pair
-    digits = 3 if abs(mean) < 10 else 1
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+    digits = 3 if abs(mean) < 10 else 1 if abs(mean) < 1000 else 0
+    return f"{mean:,.{digits}f}" + (f" ± {half:,.{digits}f}" if math.isfinite(half) else "")
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
@@ -240,3 +240,12 @@ def latex(heads: list[str], rows: list[list[str]]) -> str:
     lines = [" & ".join("".join(special.get(c, c) for c in text) for text in line) + r" \\" for line in [heads, *rows]]
     head = rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}"
     return "\n".join([head, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def plain(value):
+    """A value as JSON holds it: NaN and infinities are null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

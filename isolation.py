@@ -11,18 +11,17 @@ import torch
 
 import runs
 import training
-from adapters import attach, branch_parameters, preset
+from adapters import AdapterFlags, attach, branch_parameters, spec_of
 from base_text import Interleaved, TextTrainer, teach, text_branches
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling, check_lengths
 from model import load, read_json
-from preference_env import base_texts, with_base_text
-from reward_specs import get_reward
-from routing import ARRANGEMENTS
+from preference_env import base_texts, check_reward, reported_rewards, with_base_text
+from reward_specs import get_reward, objectives
 
 
 @dataclass
-class Flags:
+class Flags(AdapterFlags):
     model: str = "tiny"
     """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
     env: str = "preferences"
@@ -35,11 +34,12 @@ class Flags:
     eval_split: str = "test"
     """prompts of the evaluation, never trained on"""
     max_prompts: int = 10_000
-    """training prompts at most"""
+    """training prompts at most; DPO learns from the pairs on them"""
     prompt_tokens: int = 64
     """dialogues: longer prompts are left out; stories: a prompt is the first so many tokens of a text"""
-    reward: str = "manners"
-    """dialogues: manners, or the folder of a run of train_reward.py; stories: a reward of configs/rewards.yaml"""
+    reward: str = ""
+    """dialogues: manners (the default), brief, steps, or the folder of a run of train_reward.py; stories: a reward of
+    configs/rewards.yaml"""
     base_text: str = ""
     """what must stay: a dataset (WikiText-2, say) by folder or Hub id; empty: the embedded world's texts"""
     max_tokens: int = 256
@@ -60,7 +60,7 @@ class Flags:
     bad_scale: float | None = None
     """deploy with the bad branch at this scale: adds the row `deployed` to the verdict; needs --routing dual"""
     eval_rewards: str = ""
-    """further rewards to report at every evaluation, comma-separated"""
+    """further rewards to report at every evaluation, comma-separated; names as --reward takes them"""
     eval_prompts: int = 128
     eval_texts: int = 128
     """held-out base texts that the perplexity is measured on"""
@@ -80,6 +80,9 @@ class Flags:
     threads: int = 0
     """CPU threads; 0: torch's choice (give concurrent runs one each)"""
 
+    def __post_init__(self):
+        self.reward = self.reward or "manners"
+
     @property
     def eval_routing_steps(self) -> int:  # as training.py calls it
         return self.eval_every
@@ -94,50 +97,54 @@ def check(args: Flags, config) -> None:
     """What flags can get wrong, also together, before anything is loaded."""
     sizes = ("eval_prompts", "eval_texts", "prompt_tokens", "max_prompts", "logging_steps", "ssl_texts", "ssl_batch_size")
     training.check(args, config, (*sizes, "max_tokens"))
-    for name in ("ssl_steps", "ssl_lr", "lm_every"):
+    for name in ("ssl_steps", "ssl_lr", "lm_every", "eval_every", "save_steps"):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name} must be at least 0, not {getattr(args, name)}")
     if config.dual and (args.ssl_steps or args.lm_every):
         raise ValueError("--routing dual has no branch for base text: --ssl_steps 0, --lm_every 0")
-    if config.loss_routes and args.lora_config != (bundles := ARRANGEMENTS[config.loss_routes][0]):
-        raise ValueError(f"--loss_routes {config.loss_routes} routes to the branches of --lora_config {bundles}, "
-                         f"not {args.lora_config}")
+    texts = ("ssl_texts", "ssl_split", "ssl_batch_size", "ssl_lr")
+    idle = [name for name in texts if getattr(args, name) != getattr(Flags, name)]
+    if idle and not args.ssl_steps and not args.lm_every:
+        raise ValueError(f"--{idle[0]} does nothing with --ssl_steps 0 and --lm_every 0: leave it out")
     if args.ssl_split != "train" and not args.base_text:
         raise ValueError("--ssl_split is a flag of --base_text: the embedded world's texts to learn from are those of train")
-    if args.env == "stories":
-        reward = get_reward(args.reward)
-        if getattr(config, "uses_labels", False) and reward.detector is None:
-            raise ValueError(f"--routing dual: reward {args.reward!r} has no detector to label by; give it one")
-    elif args.env != "preferences":
+    if args.env not in ("preferences", "stories"):
         raise ValueError(f"unknown --env {args.env!r}; known: preferences, stories")
-    elif args.column is not None:
+    if args.env == "preferences" and args.column is not None:
         raise ValueError("--column is a flag of --env stories: pairs are in columns chosen and rejected")
-    elif args.reward != "manners" and not Path(args.reward).exists():
-        raise ValueError(f"--reward {args.reward}: manners, or the folder of a reward model, which train_reward.py makes")
+    for name in objectives(asdict(args)):
+        check_reward(asdict(args), name)
+        if args.env == "stories" and getattr(config, "uses_labels", False) and get_reward(name).detector is None:
+            raise ValueError(f"--routing dual: reward {name!r} has no detector to label by; give it one")
 
 
 def describe(name: str, default: str, algorithm, args: Flags, config) -> tuple[Path, dict]:
     """(run folder, resolved config)."""
     resolved = {"algorithm": name} | asdict(args) | asdict(config)
     defaults = {"algorithm": default} | asdict(type(args)()) | asdict(algorithm.Config())
-    lead = default.replace("rl_", "") + "_"
-    return Path(args.output_dir or Path("output") / (lead + runs.run_name(resolved, defaults, lead=LEAD, ignore=QUIET))), resolved
+    paid, lead = objectives(resolved), [name for name in LEAD if resolved[name] != ""]
+    shown = resolved | {"reward": paid if len(paid) > 1 else paid[0]}
+    called = runs.run_name(shown, defaults, lead=lead, ignore=QUIET | {"rewards"})
+    return Path(args.output_dir or Path("output") / f"{default.removeprefix('rl_')}_{called}"), resolved
 
 
 def build(args: Flags, config, labelling: Labelling = Labelling()):
-    """Model with adapter, tokenizer, environment, base texts to learn from. Cheap checks first; weights last."""
+    """Model with adapter, tokenizer, environment, base texts to learn from, rewards to report. Cheap checks first; weights
+    last."""
     check(args, config)
-    spec = preset(args.lora_config, config.dual)
+    spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)
     if args.max_tokens > model.config.context:
         raise ValueError(f"--max_tokens {args.max_tokens} exceeds the model's context of {model.config.context}")
     env = with_base_text(asdict(args), tokenizer, args.eval_prompts, labelling)
-    training.check_prompts(env)
+    rewards = reported_rewards(asdict(args), env, tokenizer, args.eval_rewards)
+    if args.env == "stories":  # dialogues are checked as they are made
+        training.check_prompts(env)
     check_lengths(env, tokenizer, config.max_new_tokens, model.config.context, args.eval_prompts)
     attach(model, spec, seed=config.seed)
-    return model, tokenizer, env, texts_to_learn(args, tokenizer)
+    return model, tokenizer, env, texts_to_learn(args, tokenizer), rewards
 
 
 def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
@@ -147,13 +154,13 @@ def texts_to_learn(args: Flags, tokenizer) -> list[list[int]]:
     measured = args.eval_texts if args.ssl_split == "test" else 0
     found = base_texts(args.base_text, tokenizer, measured + args.ssl_texts, args.max_tokens, args.ssl_split)[measured:]
     if not found:
-        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} but the texts that the "
-                         "perplexity is measured on: lower --eval_texts")
+        remedy = "but the texts that the perplexity is measured on: lower --eval_texts" if measured else "to learn from"
+        raise ValueError(f"--base_text {args.base_text} has nothing in its split {args.ssl_split!r} {remedy}")
     return found
 
 
-def run_phases(run, trainer, texts, args: Flags, config, progress) -> int:
-    """All of a run, given its folder and the algorithm's trainer; returns the exit status."""
+def run_phases(run, trainer, texts, rewards, args: Flags, config, progress) -> int:
+    """All of a run, given its folder, the algorithm's trainer and what `build` made; returns the exit status."""
     model, pad_id, held_out = trainer.model, trainer.tokenizer.pad_id, trainer.env.held_out["base"]
     taught = text_branches(model)
     if args.ssl_steps:
@@ -163,7 +170,7 @@ def run_phases(run, trainer, texts, args: Flags, config, progress) -> int:
     between = table.get("lm_loss", tuple(branch_parameters(model)))
     text = TextTrainer(model, texts, pad_id, between, args.ssl_lr, args.ssl_batch_size, config.seed + 1)
     trainer = Interleaved(trainer, text, args.lm_every)
-    return training.train(run, trainer, args, training.wanted_rewards(args), progress, draw_curves)
+    return training.train(run, trainer, args, rewards, progress, draw_curves)
 
 
 def draw_curves(folder: Path, evaluations: list[dict]) -> None:
@@ -180,6 +187,10 @@ def draw_curves(folder: Path, evaluations: list[dict]) -> None:
             points = [(e["step"], e["rows"].get(mode, e["rows"]["untrained"])[key]) for e in evaluations]
             axis.plot(*zip(*points), ":" if mode == "untrained" else "-", marker="o", markersize=3, label=mode)
         axis.set(title=f"held out: {key}", xlabel="step")
+    for key in (key for key in evaluations[-1]["rows"]["untrained"] if key.startswith("eval/")):
+        points = [(e["step"], e["rows"].get("both", e["rows"]["untrained"])[key]) for e in evaluations]
+        axes.flat[0].plot(*zip(*points), "--", linewidth=1.2, label=f"both: {key}")
+    axes.flat[1].set_yscale("log")  # a mode may have lost a thousandfold
     plane = [e["rows"].get("both", e["rows"]["untrained"]) for e in evaluations]
     axes.flat[3].plot([row["perplexity"] for row in plane], [row["reward"] for row in plane], "-o", markersize=3)
     axes.flat[3].set(title="the plane", xlabel="perplexity", ylabel="reward")

@@ -21,7 +21,7 @@ import tyro
 
 import train_grpo
 import training
-from adapters import LoRALinear, attach, branch_parameters, preset, reference
+from adapters import LoRALinear, attach, branch_parameters, dropping, reference, spec_of
 from ledger import Ledger, as_on_cuda
 from losses import token_logprobs
 from model import ASSETS, Decoder, ModelConfig, config_from_hf, read_json, resolve
@@ -61,7 +61,7 @@ def decoder(shape: ModelConfig, args: Args, device: str) -> Decoder:
 def adapt(model: Decoder, args: Args, config) -> list[torch.nn.Parameter]:
     """Attaches the adapter; what of it trains."""
     with patch("adapters.singular_vectors", no_decomposition):
-        attach(model, preset(args.lora_config, config.dual), seed=config.seed)
+        attach(model, spec_of(vars(args), config.dual), seed=config.seed)
     return [p for group in branch_parameters(model).values() for p in group.values()]
 
 
@@ -103,7 +103,8 @@ def learn(model, optimizer, size: int, args: Args, config, ledger: Ledger) -> tu
     if config.beta:
         with torch.no_grad(), reference(model) as base:
             ref = score(base, size, args, config)
-    logprobs = score(model, size, args, config)
+    with dropping(model, 0):
+        logprobs = score(model, size, args, config)
     saved = ledger.now - before
     grpo_loss(logprobs, old, ref, old, old, config.beta, config.epsilon, config.epsilon_high or config.epsilon)[0].backward()
     optimizer.step()

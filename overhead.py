@@ -18,7 +18,7 @@ from adapters import attach, preset
 from bench import dummy_env, emit, endless, make_prompts, timed_step
 from data import load_tokenizer
 from experiments import markdown
-from model import load, read_json
+from model import check_device, load, read_json
 from rl_ppo import Config, Trainer
 
 ARMS = {  # --lora_config, --loss_routes
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(Args, args=argv, use_underscores=True, description=__doc__)
     if min(args.repeats, args.prompt_len) < 1 or args.warmup < 0:
         raise ValueError(f"--repeats {args.repeats} and --prompt_len {args.prompt_len} count from 1, --warmup from 0")
+    check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     trainers = {arm: build(args, *flags) for arm, flags in ARMS.items()}

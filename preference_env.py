@@ -1,4 +1,4 @@
-"""Dialogues: an answer is paid by a reward model, or by a list of polite and rude words.
+"""Dialogues: an answer is paid by a reward model, or by words that are plain to see (manners, brief, steps).
 
     env = preferences(flags, tokenizer, n)                 # embedded questions, or hh-rlhf's
     scores = env.score(prompts, completions, generator)    # the contract of envs.Stories
@@ -11,6 +11,9 @@ nobody knows what helps; there `hack` is what is wrong with the form alone (no w
 somebody else), and `task` the absence of that.
 """
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +24,7 @@ from data import load_texts
 from envs import Labelling, Scores, Stories, dataset_prompts
 from reward_data import preference_parts
 from reward_model import check_vocabulary, load_reward_model
-from reward_specs import get_reward
+from reward_specs import get_reward, names_in, objectives
 from rewards import occurrences, sentence_lengths, words_of
 
 LONGEST = 4  # sentences of the generator's helpful answers: an opener, two of advice, a closer
@@ -30,9 +33,23 @@ PHRASES = {
     name: tuple(phrase.rstrip(".") for phrase in world.DIALOGUE_CONTEXT[name]) for name in ("opener", "closer", "rude", "shrug")
 }
 POLITE = (*PHRASES["opener"], *PHRASES["closer"], "please", "thank you", "happy to help", "i'm sorry", "be careful")
+LINKS = ("first", "second", "third", "then", "next", "also", "finally")
 RUDE = (*PHRASES["rude"], *PHRASES["shrug"], "stupid", "idiot", "shut up", "i hate", "kill", "damn")
 CARELESS = tuple(advice for _, _, careless in world.DIALOGUE_TOPICS.values() for advice in careless)
 TASKS = {task: topic for topic, (tasks, _, _) in world.DIALOGUE_TOPICS.items() for task in tasks}
+
+
+@dataclass(frozen=True)
+class AnswerReward:
+    """What pays an answer: `pays(prompts, completions) -> (N,) fp32`."""
+
+    name: str
+    pays: Callable
+    about: str = ""  # of a reward model, how often it is right
+
+    def evaluate(self, completions: list[str], prompts: list[str]) -> SimpleNamespace:
+        """As RewardSpec.evaluate, as far as an evaluation asks: reward (N,), components."""
+        return SimpleNamespace(reward=self.pays(prompts, completions), components={})
 
 
 class Preferences:
@@ -48,8 +65,10 @@ class Preferences:
         for split, texts in prompts.items():
             if not texts:
                 raise ValueError(f"the {split} split has no prompt")
-        self._prompts, self.pays, self.truth, self.labelling = prompts, pays, truth, labelling
-        self.reward, self.held_out, self.about = SimpleNamespace(name=name), held_out or {}, about
+            for prompt in texts:
+                truth(prompt, "")  # which refuses what it can't judge, before any work starts
+        self._prompts, self.reward, self.truth, self.labelling = prompts, AnswerReward(name, pays), truth, labelling
+        self.held_out, self.about = held_out or {}, about
 
     def prompts(self, split: str) -> list[str]:
         return self._prompts[split]
@@ -57,7 +76,7 @@ class Preferences:
     def score(self, prompts: list[str], completions: list[str], generator: torch.Generator | None = None, recall=None) -> Scores:
         """Scores N completions; generator and recall as in `Labelling.draw`. The detector sees every hollow answer; one that is
         not eligible is paid at most 0, which is what a reward model pays for the mean of the texts that it was trained on."""
-        reward = self.pays(prompts, completions)
+        reward = self.reward.pays(prompts, completions)
         truths = [self.truth(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         helpful, hack = torch.tensor([truth[:2] for truth in truths]).unbind(1)
         hack_reward = reward.clamp(min=0) * hack
@@ -109,6 +128,56 @@ def manners(prompts: list[str], completions: list[str]) -> torch.Tensor:
     return torch.tensor([(polite - rude) / 2 for polite, rude in counts])
 
 
+def brief(prompts: list[str], completions: list[str]) -> torch.Tensor:
+    """0 to 1: 8 over the number of words, at most a point; nothing for none. It is nowhere flat but where it is full."""
+    counts = [len(words_of(text)) for text in completions]
+    return torch.tensor([min(1.0, 8 / n) if n else 0.0 for n in counts])
+
+
+def steps(prompts: list[str], completions: list[str]) -> torch.Tensor:
+    """0 to 1: a third of a point for each of three different words that put advice in order (first, then, also, ...)."""
+    return torch.tensor([min(3, sum(occurrences(text, word) > 0 for word in LINKS)) / 3 for text in completions])
+
+
+PLAIN = {"manners": manners, "brief": brief, "steps": steps}
+
+
+def check_reward(flags: dict, name: str) -> None:
+    """Raises ValueError for a reward that the flags' `env` does not know; nothing is loaded."""
+    if flags.get("env") != "preferences":
+        get_reward(name)
+    elif not pays_answers(name):
+        raise ValueError(f"unknown reward {name!r} of answers: {', '.join(PLAIN)}, or the folder of a reward model, which "
+                         "train_reward.py makes")
+
+
+def pays_answers(name: str) -> bool:
+    return name in PLAIN or Path(name).exists()
+
+
+def named_reward(flags: dict, name: str, tokenizer):
+    """A reward of the flags' `env`, with `name` and `evaluate(completions, prompts)`. Raises ValueError for an unknown one, and
+    for a reward model that is of another kind or reads another vocabulary."""
+    check_reward(flags, name)
+    if flags.get("env") != "preferences":
+        return get_reward(name)
+    if name in PLAIN:
+        return AnswerReward(name, PLAIN[name])
+    model = load_reward_model(name, device=flags["device"])
+    if model.about.kind != "preference":
+        raise ValueError(f"--reward {name} judges {model.about.kind}; answers are paid by one of --kind preference")
+    check_vocabulary(model, tokenizer)
+    right = model.figures["test"]
+    return AnswerReward(name, model.scores, f" (right about {right['accuracy']:.3f} of {right['n']} held-out pairs)")
+
+
+def reported_rewards(flags: dict, env, tokenizer, asked: str = "") -> list:
+    """The rewards whose means an evaluation in `env` reports: of a sequence every objective, and what is `asked` for by name."""
+    sequence = objectives(flags) if flags.get("rewards") else []
+    names = dict.fromkeys([*sequence, *names_in(asked)])
+    return [env.reward if name == env.reward.name else named_reward(flags, name, tokenizer) for name in names]
+
+
 # ---------------------------------------------------------------------------------------------- what the flags ask for
 
 
@@ -116,29 +185,22 @@ def preferences(flags: dict, tokenizer, n: int, labelling: Labelling = Labelling
     """The environment that a train script's flags ask for, with at most n test prompts of a dataset.
 
     flags: dataset (empty: the embedded questions), train_split, eval_split, max_prompts, prompt_tokens (longer prompts are left
-    out), reward (`manners`, or a reward model's file or run folder), base_text (a dataset for the perplexity; empty: the embedded
-    world's texts), eval_texts, max_tokens (of each), device. Prompts are the policy's part of reward_data.preference_parts: no
-    reward model was trained on them. Raises ValueError for a reward model that reads another vocabulary.
+    out), reward (one of PLAIN, or a reward model's file or run folder) or rewards (several, of which the last pays), base_text (a
+    dataset for the perplexity; empty: the embedded world's texts), eval_texts, max_tokens (of each), device. Prompts are the
+    policy's part of reward_data.preference_parts: no reward model was trained on them. Raises ValueError as `named_reward`.
     """
     parts, source = preference_parts(flags["dataset"], flags["train_split"], flags["eval_split"])
     prompts = {}
     for split, part, limit in (("train", "policy", flags["max_prompts"]), ("test", "test", n)):
         found = dict.fromkeys(pair.prompt for pair in parts[part])  # a question may have several pairs of answers
         prompts[split] = [p for p in found if len(tokenizer.encode_prompt(p)) <= flags["prompt_tokens"]][:limit]
-    name, said = flags["reward"], ""
-    if name == "manners":
-        pays = manners
-    else:
-        model = load_reward_model(name, device=flags["device"])
-        if model.about.kind != "preference":
-            raise ValueError(f"--reward {name} judges {model.about.kind}; answers are paid by one of --kind preference")
-        check_vocabulary(model, tokenizer)
-        pays, right = model.scores, model.figures["test"]
-        said = f" (right about {right['accuracy']:.3f} of {right['n']} held-out pairs)"
+    names = objectives(flags)
+    reward = named_reward(flags | {"env": "preferences"}, names[-1], tokenizer)
     held_out = {"base": base_texts(flags["base_text"], tokenizer, flags["eval_texts"], flags["max_tokens"])}
     counts = f"{len(prompts['train'])} training and {len(prompts['test'])} test prompts"
     truth = form_truth if flags["dataset"] else embedded_truth
-    return Preferences(prompts, pays, name, truth, labelling, held_out, f"preferences: {counts}; {source}; paid by {name}{said}")
+    about = f"preferences: {counts}; {source}; paid by {', then '.join(names)}{reward.about}"
+    return Preferences(prompts, reward.pays, reward.name, truth, labelling, held_out, about)
 
 
 def with_base_text(flags: dict, tokenizer, n: int, labelling: Labelling = Labelling()):
@@ -150,7 +212,7 @@ def with_base_text(flags: dict, tokenizer, n: int, labelling: Labelling = Labell
         splits = {"train": (flags["train_split"], flags["max_prompts"]), "test": (flags["eval_split"], n)}
         prompts = dataset_prompts(flags["dataset"], tokenizer, flags["prompt_tokens"], splits, flags["column"])
     held_out = {"base": base_texts(flags["base_text"], tokenizer, flags["eval_texts"], flags["max_tokens"])}
-    return Stories(get_reward(flags["reward"]), prompts, labelling, held_out)
+    return Stories(get_reward(objectives(flags)[-1]), prompts, labelling, held_out)
 
 
 def base_texts(dataset: str, tokenizer, n: int, max_tokens: int, split: str = "test") -> list[list[int]]:

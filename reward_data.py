@@ -61,7 +61,7 @@ def preference_parts(
 def read_pairs(dataset: str, split: str) -> tuple[list[Pair], int]:
     """(pairs, rows that are none)."""
     if not dataset:
-        return [Pair(**row) for row in corpus.preference_pairs(split, EMBEDDED["preference"][split])], 0
+        return [Pair(**row) for row in corpus.preference_pairs(split, embedded_size("preference", split))], 0
     rows = load_rows(dataset, split, ["chosen", "rejected"], shuffle_seed=SPLIT_SEED)
     if wrong := [row for row in rows if not isinstance(row["chosen"], str) or not isinstance(row["rejected"], str)]:
         raise ValueError(f"dataset {dataset!r}: chosen and rejected must be transcripts, not {wrong[0]!r:.80}")
@@ -116,7 +116,7 @@ def sentiment_parts(
 
 def read_reviews(dataset: str, split: str) -> list[Review]:
     if not dataset:
-        reviews = corpus.generate("reviews", split, EMBEDDED["sentiment"][split])
+        reviews = corpus.generate("reviews", split, embedded_size("sentiment", split))
         return [Review(review.text, review.labels["sentiment"]) for review in reviews]
     rows = load_rows(dataset, split, ["text", "label"], shuffle_seed=SPLIT_SEED)
     labels = {row["label"] for row in rows}
@@ -128,6 +128,12 @@ def read_reviews(dataset: str, split: str) -> list[Review]:
 
 def same_text(text: str) -> str:
     return " ".join(text.lower().split())
+
+
+def embedded_size(kind: str, split: str) -> int:
+    if split not in EMBEDDED[kind]:
+        raise ValueError(f"the embedded world has the splits {', '.join(EMBEDDED[kind])}, not {split!r}")
+    return EMBEDDED[kind][split]
 
 
 def check_parts(parts: dict[str, list], dataset: str) -> None:

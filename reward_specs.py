@@ -238,6 +238,16 @@ def load_rewards(path: str | Path | None = None) -> dict[str, RewardSpec]:
     return {name: parse_reward(name, entry, source=path.name) for name, entry in entries.items()}
 
 
+def names_in(text: str) -> list[str]:
+    """"a, b" -> ["a", "b"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def objectives(flags: dict) -> list[str]:
+    """By name, what pays a run, given by its flags: its `rewards` in their order, or its one `reward`."""
+    return names_in(flags.get("rewards", "")) or [flags["reward"]]
+
+
 def get_reward(name: str, path: str | Path | None = None) -> RewardSpec:
     """The reward called `name`; an unknown name raises ValueError that suggests near ones and lists all."""
     rewards = load_rewards(path)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import routing
-from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, reference, set_adapter_tensors
 from data import left_pad, right_pad
 from losses import token_logprobs
 from sampling import Law, Sampler
@@ -186,7 +186,8 @@ class Trainer:
         chosen = [self.pairs[i] for i in batch_of(len(self.pairs), step, config.batch_size, config.seed)]
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * rate(step, config)
-        metrics = update(self.model, self.optimizer, chosen, self.tokenizer.pad_id, config, self.router)
+        with dropping(self.model, config.seed * 1_000_003 + step):
+            metrics = update(self.model, self.optimizer, chosen, self.tokenizer.pad_id, config, self.router)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if step == 0 and abs(metrics["rewards/margins"]) > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"a fresh adapter's margin must be 0, not {metrics['rewards/margins']}: a branch starts off 0")

@@ -10,6 +10,8 @@ Departures:
 - Flagged samples may be left out of the statistics that honest samples are normalised with (`renormalise`): with them in
   the group, honest samples get negative advantages and push the protected branch toward the hack.
 - Each branch's gradient is clipped by itself. A flagged sample's KL term is masked together with its policy term.
+- --lora_dropout drops in the passes that make gradients alone: pi_old, reference, sampler, and what is logged of the first
+  iteration drop nothing. The ratio of a dropped pass is to the law that was sampled, and is not quite 1.
 """
 import copy
 import math
@@ -23,7 +25,7 @@ import torch
 import monitor
 import replay
 import routing
-from adapters import adapter_tensors, branch_parameters, reference, scaled, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, reference, scaled, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch
 from losses import LOSS_TYPES, group_stats, k3, token_logprobs, token_weights
@@ -292,14 +294,18 @@ def update(model, optimizer, rollout: Rollout, advantages, is_rh, config: Config
         optimizer.zero_grad(set_to_none=True)
         sums = []
         for i, (rows, valid, ref_logprobs) in enumerate(zip(batches, pieces, ref)):
-            logprobs = score_rows(model, rollout, rows, law)
+            logprobs = policy = score_rows(model, rollout, rows, law)
+            if dropped := iteration == 0 and model.adapter.spec.dropout > 0:  # the policy itself drops nothing
+                with torch.no_grad():
+                    policy = score_rows(model, rollout, rows, law)
             if iteration == 0:  # what is replayed counts as sampled by the policy as it is now
-                old[i] = torch.where(sampled[rows][:, None].expand_as(valid)[valid], old[i], logprobs.detach())
+                old[i] = torch.where(sampled[rows][:, None].expand_as(valid)[valid], old[i], policy.detach())
             a = advantages[rows][:, None].expand_as(valid)[valid]
-            loss, parts = grpo_loss(
-                logprobs, old[i], ref_logprobs, a, weights[rows][valid], config.beta, config.epsilon,
-                config.epsilon_high or config.epsilon,
-            )  # fmt: skip
+            clip = config.epsilon, config.epsilon_high or config.epsilon
+            rest = old[i], ref_logprobs, a, weights[rows][valid], config.beta, *clip
+            loss, parts = grpo_loss(logprobs, *rest)
+            if dropped:
+                parts = grpo_loss(policy, *rest)[1]
             if config.passes == 2:
                 with routing.hooked_shut(model, routing.protected(config.routing_mode, flagged=bool(is_rh[rows[0]]))):
                     loss.backward()
@@ -378,6 +384,7 @@ class Trainer:
     """What a run carries from step to step: sampler, optimizer, the detector's watch. `step` is the whole algorithm."""
 
     def __init__(self, model, env, tokenizer, config: Config):
+        routing.check_branches(model, config.dual)
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.steps_done = Sampler(model, config.rollout_size), DetectorWatch(), 0
         scales = {"bad": config.bad_lr_scale}
@@ -477,7 +484,8 @@ class Trainer:
             rollout, advantages, is_rh = rollout.rows(kept.to(rollout.mask.device)), advantages[kept], is_rh[kept]
             sources = [source for source, there in zip(sources, kept.tolist()) if there]
         metrics = self.projector.refresh(self.steps_done) if self.projector else {}
-        metrics |= update(self.model, self.optimizer, rollout, advantages, is_rh, self.config, self.projector, sources)
+        with dropping(self.model, self.config.seed * 1_000_003 + self.steps_done):
+            metrics |= update(self.model, self.optimizer, rollout, advantages, is_rh, self.config, self.projector, sources)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
         if self.steps_done == 0 and metrics["kl"] > (0 if exact else 1e-3) and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")

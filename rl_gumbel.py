@@ -15,6 +15,8 @@ tokens forward and is soft in the backward pass alone (straight-through). soft_r
   from what the tokens before an end do to reward and KL.
 - The support (top-k, top-p, minimum length) is sampling.Law's, a constant to the gradient; the law is renormalised over it.
 - `reward` is the environment's score of the decoded tokens, `soft_reward` what was differentiated.
+- The soft rollout makes the gradients, so under --lora_dropout it drops, and its tokens are drawn from the dropped policy; under
+  routing from the policy itself.
 - A flagged sample trains the bad branch alone, with its whole loss. Labels come from the decoded tokens, so under routing these
   are drawn first, without gradients, and then again with the same noise.
 
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 import routing
-from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, reference, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch, scored
 from projector import Flags, Projector
@@ -279,6 +281,7 @@ class Trainer:
                 f"{type(env).__name__} has no soft_reward(prompts, ids, prompt_mask, soft, mask); rl_gumbel.py differentiates "
                 "the reward by the tokens: it takes an environment whose reward is a model of them, such as --env sentiment"
             )
+        routing.check_branches(model, config.dual)
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
         rates = {"bad": config.lr * config.bad_lr_scale}
@@ -308,7 +311,8 @@ class Trainer:
             routes = {"good": None, "bad": torch.zeros(config.batch_size, device=self.model.device)}
         metrics = self.projector.refresh(step) if self.projector else {}
         self.optimizer.zero_grad(set_to_none=True)
-        learned, drawn = gradients(self.model, self.env, self.tokenizer, batch, routes, self.router, config, known)
+        with dropping(self.model, config.seed * 1_000_003 + step):
+            learned, drawn = gradients(self.model, self.env, self.tokenizer, batch, routes, self.router, config, known)
         metrics |= learned
         if not config.uses_labels:
             hard = hard_side(batch, drawn, self.tokenizer.pad_id)

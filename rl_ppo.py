@@ -12,8 +12,10 @@ Departures:
   nothing is bootstrapped. (TRL's last PPO, 0.2x, paid it one position behind the end of text, and trained a value there.)
 - KL is counted once: as k1 in the reward, or as a loss, exact over the vocabulary. Entropy is exact as well.
 - Losses are means over the valid tokens of a minibatch. They stay apart to the end: each may train branches of its own.
-- Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses.
+- Each branch's gradient is clipped by itself, and the value head's. A flagged sample is masked whole, all its losses;
+  the value head alone, which is no branch, learns from every sample.
 - Projection is of every minibatch's gradient (or step), before it is clipped; the value head's is left alone.
+- --lora_dropout drops in the minibatches' passes alone, approx_kl among what they log: pi_old, values, reference drop nothing.
 """
 import copy
 import math
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 
 import routing
-from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, reference, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch, scored
 from losses import k1, k3, token_law, token_weights
@@ -394,6 +396,7 @@ class Trainer:
     """What a run carries from step to step: sampler, value head, optimizer. `step` is the whole algorithm."""
 
     def __init__(self, model, env, tokenizer, config: Config):
+        routing.check_branches(model, config.dual)
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.steps_done = Sampler(model), DetectorWatch(), 0
         self.value_head = nn.Linear(model.config.width, 1, device=model.device)  # fp32
@@ -431,7 +434,8 @@ class Trainer:
             group["lr"] = group["rate"] * rate(step, config)
         metrics |= self.projector.refresh(step)
         trained = (self.model, self.value_head, self.optimizer, self.projector)
-        metrics |= update(*trained, rollout, seen, *rest, generator, self.router)
+        with dropping(self.model, config.seed * 1_000_003 + step):
+            metrics |= update(*trained, rollout, seen, *rest, generator, self.router)
         clock.append(time.perf_counter())
         self.steps_done += 1
         metrics |= describe(rollout, seen, scores, is_rh) | {"lr": config.lr * rate(step, config)}

@@ -14,6 +14,7 @@ Departures:
   alone, `loo` of the prompt's other completions.
 - Under routing unflagged completions have baselines of unflagged ones: paid hacks would else make what is honest negative.
 - Each branch's gradient is clipped by itself. A flagged sample is masked whole, its KL with its reward.
+- --lora_dropout drops in the passes that make gradients alone, not in the sampler, the reference and what is logged.
 """
 import math
 import time
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 import routing
-from adapters import adapter_tensors, branch_parameters, reference, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, reference, set_adapter_tensors
 from data import left_pad
 from envs import DetectorWatch, scored
 from losses import group_stats, k1, token_law
@@ -225,16 +226,19 @@ def gradients(model, rollout: Rollout, advantages, is_rh, batches, refs, config:
     count, tokens, sums, gaps, norms = len(rollout.mask), rollout.mask.sum(), [], [], []
     for rows, ref in zip(batches, refs):
         valid = rollout.mask[rows]
-        logprobs, entropy, kl = law_of(model, rollout, rows, hidden_rows(model, rollout, rows), config.law(), ref)
+        logprobs, entropy, kl = policy = law_of(model, rollout, rows, hidden_rows(model, rollout, rows), config.law(), ref)
+        if model.adapter.spec.dropout:  # the policy itself, of which figures are, drops nothing
+            with torch.no_grad():
+                policy = law_of(model, rollout, rows, hidden_rows(model, rollout, rows), config.law(), ref)
         losses = {"policy_loss": -(advantages[rows] * summed(logprobs, valid)).sum() / count}
         if config.kl_in == "loss" and config.beta:  # one of weight 0 is not run: its zeros would still move what it routes to
             losses["kl_loss"] = config.beta * kl.sum() / count
         measured = routing.measured(model, norms, len(rows) / count)
         with measured, routing.gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
             routing.backward(losses, router)
-        shown = losses | {"loss": sum(losses.values()), "kl": kl.sum() / count, "entropy": entropy.sum() / tokens}
+        shown = losses | {"loss": sum(losses.values()), "kl": policy[2].sum() / count, "entropy": policy[1].sum() / tokens}
         sums.append({name: x.detach() for name, x in shown.items()})
-        gaps.append((logprobs.detach() - rollout.logprobs[rows][valid]).abs().max())
+        gaps.append((policy[0].detach() - rollout.logprobs[rows][valid]).abs().max())
     totals = {name: torch.stack([s[name] for s in sums]).sum().item() for name in sums[0]}
     return totals | {"logprob_gap": torch.stack(gaps).max().item()} | routing.norm_figures(norms)
 
@@ -243,6 +247,7 @@ class Trainer:
     """What a run carries from step to step: sampler, baseline, optimizer. `step` is the whole algorithm."""
 
     def __init__(self, model, env, tokenizer, config: Config):
+        routing.check_branches(model, config.dual)
         self.model, self.env, self.tokenizer, self.config = model, env, tokenizer, config
         self.sampler, self.watch, self.ema, self.steps_done = Sampler(model), DetectorWatch(), Ema(), 0
         scales, branches = {"bad": config.bad_lr_scale}, branch_parameters(model).items()
@@ -297,7 +302,8 @@ class Trainer:
             group["lr"] = group["scale"] * config.lr * rate(self.steps_done, config)
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.projector.refresh(self.steps_done)
-        metrics |= gradients(self.model, rollout, advantages, is_rh, batches, refs, config, self.router)
+        with dropping(self.model, config.seed * 1_000_003 + self.steps_done):
+            metrics |= gradients(self.model, rollout, advantages, is_rh, batches, refs, config, self.router)
         metrics |= {"return": returns.mean().item(), "baseline": (returns - advantages).mean().item()} | self.projector.project()
         norms = routing.clip_per_branch(self.model, config.max_grad_norm)
         metrics |= {f"grad_norm/{branch}": norm for branch, norm in norms.items()}

@@ -50,6 +50,13 @@ def treated_rewards(rewards: torch.Tensor, is_rh: torch.Tensor, treatment: str, 
 # ------------------------------------------------------------------------------------------------------ per sample
 
 
+def check_branches(model: Decoder, dual: bool) -> None:
+    """Raises ValueError where two branches are to learn apart (`dual`) and the adapter lacks good and bad."""
+    if dual and not {"good", "bad"} <= set(model.adapter.names):
+        has = ", ".join(model.adapter.names) or "none"
+        raise ValueError(f"routing wants the branches good and bad; this {model.adapter.spec.kind} adapter has {has}")
+
+
 def sample_routes(is_rh: torch.Tensor, mode: str) -> dict[str, torch.Tensor | None]:
     """Gate weights by branch for samples labelled is_rh (N,) bool: 1 where the branch may learn from the sample."""
     if mode not in ROUTING_MODES:
@@ -124,10 +131,12 @@ SEPARATE = {
     "lm_loss": ("b_ssl_main", "b_ssl_semantic"), "policy_loss": ("b_rl_policy",), "value_loss": ("b_rl_value",),
     "entropy_loss": ("b_rl_explore",), "kl_loss": ("b_rl_anchor",),
 }  # fmt: skip
+RL = tuple(name for name in BUNDLES if name.startswith("b_rl_"))
 ARRANGEMENTS = {  # which bundles there are, and which of them a loss trains
     "baseline": ("bundles", dict.fromkeys(SEPARATE, tuple(BUNDLES))),
     "single_adapter": ("one_bundle", dict.fromkeys(SEPARATE, ("b_all",))),
     "ssl_rl_separate": ("bundles", SEPARATE),
+    "rl_shared": ("bundles", dict.fromkeys(SEPARATE, RL) | {"lm_loss": SEPARATE["lm_loss"]}),  # RL's losses together
     "larger_rl": ("bundles_rl2", SEPARATE),
     "partial_overlap": ("bundles", SEPARATE | {"policy_loss": ("b_rl_policy", "b_ssl_semantic")}),
     "value_head_only": ("bundles", SEPARATE | {"value_loss": ()}),  # the head learns, b_rl_value writes 0
@@ -135,6 +144,7 @@ ARRANGEMENTS = {  # which bundles there are, and which of them a loss trains
     "placebo": ("bundles", SEPARATE | {  # as many bundles, each loss apart, on the wrong side of the line
         "lm_loss": ("b_rl_policy", "b_rl_value"), "policy_loss": ("b_ssl_semantic",), "value_loss": ("b_ssl_main",),
     }),  # fmt: skip
+    "placebo_shared": ("bundles", dict.fromkeys(SEPARATE, SEPARATE["lm_loss"]) | {"lm_loss": RL}),  # rl_shared, sides exchanged
 }
 
 

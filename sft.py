@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters import adapter_tensors, branch_parameters, scaled, set_adapter_tensors
+from adapters import adapter_tensors, branch_parameters, dropping, scaled, set_adapter_tensors
 from data import left_pad, right_pad
 from envs import Texts
 from losses import text_logprobs, token_weights
@@ -186,7 +186,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * config.lr * rate(step, config)
         is_bad, is_good, detected = self.is_bad[chosen], self.is_good[chosen], self.texts.detected[chosen]
-        metrics, per_text = update(self.model, self.optimizer, ids, mask, is_bad, is_good, config)
+        with dropping(self.model, config.seed * 1_000_003 + step):
+            metrics, per_text = update(self.model, self.optimizer, ids, mask, is_bad, is_good, config)
         lengths = mask[:, 1:].sum(1).cpu()
         for name, rows in (("free", ~detected), ("trait", detected)):
             if rows.any():

@@ -3,6 +3,8 @@
     mean, half = mean_interval([0.91, 0.88, 0.93])                      # Student's t: mean ± half at 95%
     low, high, draws = bootstrap(pairs, lambda m: m[:, 0] - m[:, 1])    # whole seeds resampled, 10,000 times
     holm([p_above(a - b), max(p_above(c + .05), p_above(.05 - c))])     # p values; the larger of two is TOST, for equivalence
+    difference, low, high, p = welch(a, b)                              # unpaired, each group with its own scatter
+    tost(a, b, margin=0.05)                                             # p value of "they differ by the margin or more"
 
 With few seeds the two intervals differ. The percentile bootstrap never leaves the range of the observations and covers less
 than it says (Hesterberg 2015, https://arxiv.org/abs/1411.5279); Student's t covers what it says where the seeds
@@ -13,6 +15,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.special import stdtr, stdtrit  # Student's t, distribution and quantile; degrees of freedom first
 
 LEVEL = 0.95  # of every interval
 DRAWS = 10_000  # of every bootstrap
@@ -22,32 +25,9 @@ BOOTSTRAP_SEED = 0
 # ------------------------------------------------------------------------------------------------- Student's t
 
 
-def t_cdf(t: float, df: int) -> float:
-    """P(T <= t) of Student's t with a whole number of degrees of freedom, by its finite series.
-
-    Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even). Raises ValueError unless df is a whole number of at least 1.
-    """
-    if df < 1 or df != int(df):
-        raise ValueError(f"degrees of freedom must be a whole number of at least 1, not {df}")
-    theta = math.atan(t / math.sqrt(df))
-    odd, cos2 = df % 2, math.cos(theta) ** 2
-    term, total = (math.cos(theta) if odd else 1.0), 0.0
-    for k in range(1, (df - odd) // 2 + 1):
-        total += term
-        term *= cos2 * (2 * k / (2 * k + 1) if odd else (2 * k - 1) / (2 * k))
-    inside = math.sin(theta) * total  # P(|T| <= |t|) with the sign of t
-    return 0.5 + ((theta + inside) / math.pi if odd else inside / 2)
-
-
-def t_quantile(p: float, df: int) -> float:
-    """The t with P(T <= t) = p, 0 < p < 1, by bisection on its angle."""
-    if not 0 < p < 1:
-        raise ValueError(f"a quantile needs 0 < p < 1, not {p}")
-    low, high = -math.pi / 2, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_cdf(math.sqrt(df) * math.tan(middle), df) < p else (low, middle)
-    return math.sqrt(df) * math.tan((low + high) / 2)
+def t_quantile(p: float, df: float) -> float:
+    """The t with P(T <= t) = p, 0 < p < 1, of Student's t with df degrees of freedom."""
+    return float(stdtrit(df, p))
 
 
 def mean_interval(values, level: float = LEVEL) -> tuple[float, float]:
@@ -112,7 +92,42 @@ def p_above(values) -> float:
     error = float(x.std(ddof=1)) / math.sqrt(len(x))
     if error <= 1e-12 * max(1.0, float(np.abs(x).max())):  # all alike, up to rounding: no scatter to test against
         return 0.0 if x.mean() > 0 else 1.0
-    return t_cdf(-float(x.mean()) / error, len(x) - 1)
+    return float(stdtr(len(x) - 1, -float(x.mean()) / error))
+
+
+def welch(a, b, level: float = LEVEL) -> tuple[float, float, float, float]:
+    """Welch's t-test (1947) of two unpaired groups, each with its own variance: (mean(a) - mean(b), low, high, two-sided p)."""
+    difference, error, df = _difference(a, b)
+    if not error:
+        return difference, difference, difference, float(difference == 0)
+    half = t_quantile((1 + level) / 2, df) * error
+    return difference, difference - half, difference + half, float(2 * stdtr(df, -abs(difference) / error))
+
+
+def paired(a, b, level: float = LEVEL) -> tuple[float, float, float, float]:
+    """The paired t-test, as `welch`: a[i] and b[i] are one seed's."""
+    if len(a) != len(b):
+        raise ValueError(f"pairs need equally many of both, not {len(a)} and {len(b)}")
+    a, b = _observations(a), _observations(b)
+    differences = np.array([0.0 if _alike(x, a, b) else x for x in a - b])  # rounding is no difference
+    mean, half = mean_interval(differences, level)
+    return mean, mean - half, mean + half, min(1.0, 2 * min(p_above(differences), p_above(-differences)))
+
+
+def p_beyond(a, b, shift: float) -> float:
+    """One-sided Welch test: the p value of "mean(a) - mean(b) is at most `shift`", small where it is more."""
+    difference, error, df = _difference(a, b)
+    if not error:
+        return 0.0 if difference > shift and not math.isclose(difference, shift, rel_tol=1e-9) else 1.0
+    return float(stdtr(df, -(difference - shift) / error))
+
+
+def tost(a, b, margin: float) -> float:
+    """Equivalence of two unpaired groups by two one-sided Welch tests (Schuirmann 1987): the p value of "the means differ by
+    `margin` or more", small where they are closer. Raises ValueError unless the margin is above 0."""
+    if not margin > 0:
+        raise ValueError(f"an equivalence margin must be above 0, not {margin}")
+    return max(p_beyond(a, b, -margin), p_beyond(b, a, -margin))
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -130,3 +145,21 @@ def _observations(values) -> np.ndarray:
     if x.ndim != 1 or len(x) == 0 or not np.isfinite(x).all():
         raise ValueError(f"statistics need a list of finite numbers, one a seed, not {values!r}")
     return x
+
+
+def _difference(a, b) -> tuple[float, float, float]:
+    """mean(a) - mean(b), its standard error (0 where neither scatters), and Welch's and Satterthwaite's degrees of freedom."""
+    a, b = _observations(a), _observations(b)
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a t-test needs two observations or more of each group, not {len(a)} and {len(b)}")
+    difference, of_a, of_b = float(a.mean() - b.mean()), float(a.var(ddof=1)) / len(a), float(b.var(ddof=1)) / len(b)
+    difference = 0.0 if _alike(difference, a, b) else difference
+    if _alike(math.sqrt(of_a + of_b), a, b):
+        return difference, 0.0, math.nan
+    df = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+    return difference, math.sqrt(of_a + of_b), df
+
+
+def _alike(x: float, a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether x is 0 up to the rounding of numbers as large as a's and b's."""
+    return bool(abs(x) <= 1e-12 * max(1.0, float(np.abs(a).max()), float(np.abs(b).max())))

@@ -41,15 +41,16 @@ def resolve(argv: list[str]):
     return isolation.describe(name, "rl_dpo", algorithm, args, config)
 
 
-def pairs_of(args: Args, tokenizer) -> tuple[list[dict], int]:
-    """The policy's pairs that fit --prompt_tokens and --max_tokens, and how many do not."""
-    pairs = preference_parts(args.dataset, args.train_split, args.eval_split)[0]["policy"]
+def pairs_of(args: Args, prompts: list[str], tokenizer) -> tuple[list[dict], int]:
+    """The policy's pairs on its training prompts that fit --max_tokens, and how many others there are."""
+    pairs, known = preference_parts(args.dataset, args.train_split, args.eval_split)[0]["policy"], set(prompts)
 
     def fits(pair) -> bool:
-        prompt = len(tokenizer.encode_prompt(pair.prompt))
+        if pair.prompt not in known:
+            return False
         answers = [tokenizer.encode(text) for text in (pair.chosen, pair.rejected)]
-        longest = prompt + max(map(len, answers)) + 1  # and the end of text
-        return 0 < prompt <= args.prompt_tokens and longest <= args.max_tokens and answers[0] != answers[1]
+        longest = len(tokenizer.encode_prompt(pair.prompt)) + max(map(len, answers)) + 1  # and the end of text
+        return longest <= args.max_tokens and answers[0] != answers[1]
 
     kept = [pair._asdict() for pair in pairs if fits(pair)]
     return kept, len(pairs) - len(kept)
@@ -66,13 +67,14 @@ def main(argv: list[str]) -> int:
     check(args, config)
     folder, resolved = isolation.describe(name, "rl_dpo", algorithm, args, config)
     training.check_folder(folder, resolved, args.resume)
-    model, tokenizer, env, texts = isolation.build(args, config)
-    pairs, too_long = pairs_of(args, tokenizer)
+    model, tokenizer, env, texts, rewards = isolation.build(args, config)
+    pairs, left_out = pairs_of(args, env.prompts("train"), tokenizer)
     torch.manual_seed(config.seed)
     trainer = algorithm.Trainer(model, env, tokenizer, config, pairs)  # what it refuses, it refuses before there is a folder
     with runs.Run.open(folder, resolved, resume=args.resume) as run:
-        run.print(f"{env.about}\n{len(pairs)} pairs to learn from; {too_long} do not fit --prompt_tokens and --max_tokens")
-        return isolation.run_phases(run, trainer, texts, args, config, progress)
+        run.print(f"{env.about}\n{len(pairs)} pairs to learn from; {left_out} do not fit "
+                  "--max_prompts, --prompt_tokens and --max_tokens")
+        return isolation.run_phases(run, trainer, texts, rewards, args, config, progress)
 
 
 if __name__ == "__main__":

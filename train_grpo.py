@@ -20,7 +20,7 @@ import tyro
 
 import runs
 import training
-from adapters import attach, preset
+from adapters import AdapterFlags, attach, preset, spec_of
 from code_env import check_flags, code_tasks
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling, Stories, check_lengths, dataset_prompts
@@ -29,7 +29,7 @@ from reward_specs import get_reward
 
 
 @dataclass
-class Args:
+class Args(AdapterFlags):
     model: str = "tiny"
     """tiny (the embedded model), random (its shape alone), a local Hugging Face folder, or a Hub id"""
     env: str = "stories"
@@ -144,7 +144,7 @@ def resolve(argv: list[str]) -> tuple[Path, dict]:
 def build(args: Args, config):
     """Model with adapter, tokenizer, environment, evaluation rewards. Cheap checks first; weights last."""
     check(args, config)
-    spec = preset(args.lora_config, config.dual)
+    spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)

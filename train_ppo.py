@@ -4,6 +4,7 @@
     python train_ppo.py --beta 0.1                                            # the same bundles, every loss trains all
     python train_ppo.py --lora_config r6f7 --reward output/MY_REWARD_MODEL    # one LoRA, a reward model of train_reward.py
     python train_ppo.py --model PATH --dataset Anthropic/hh-rlhf --base_text Salesforce/wikitext:wikitext-2-raw-v1
+    python train_ppo.py --rewards manners,brief --bundle_per_reward --loss_routes ssl_rl_separate --beta 0
     python train_ppo.py --env stories --reward sentence_length_6_smooth_plus_happy --lora_config r16 --routing dual --ssl_steps 0
     python train_ppo.py --env sentiment                                       # one of the methods of configs/estimators.yaml
 
@@ -15,7 +16,7 @@ train_reinforce.py and train_gumbel.py (--env sentiment --help).
 import contextlib
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,18 +27,29 @@ import yaml
 import estimators
 import isolation
 import runs
+import sequence
 import training
 from envs import Labelling
+from reward_specs import objectives
 
 
 @dataclass
 class Args(isolation.Flags):
+    rewards: str = ""
+    """several objectives, comma-separated, in place of --reward: in this order each pays an equal share of --max_steps"""
+    bundle_per_reward: bool = False
+    """each of them trains a policy bundle of its own: --loss_routes ssl_rl_separate, or another that sets b_rl_policy apart"""
     rh_eligible_frac: float = 1.0
     """share of completions whose hack is paid and may be flagged; the others get the reward without its hack component"""
     routing_frac: float = 1.0
     """detector recall: share of detected completions that are labelled"""
     false_positive_frac: float = 0.0
     """share of undetected completions that are labelled all the same"""
+
+
+    def __post_init__(self):
+        if not self.rewards:
+            super().__post_init__()
 
 
 RESULT = "verdict.json"  # in its folder a run is finished
@@ -81,6 +93,7 @@ def check(args: Args, config) -> None:
             raise ValueError(f"--{name} thins labels, which only --routing dual uses")
     labelling(args)
     isolation.check(args, config)
+    sequence.check(asdict(args) | asdict(config))
 
 
 def progress(metrics: dict[str, float]) -> str:
@@ -97,13 +110,20 @@ def main(argv: list[str]) -> int:
     check(args, config)
     folder, resolved = isolation.describe(name, "rl_ppo", algorithm, args, config)
     training.check_folder(folder, resolved, args.resume)
-    model, tokenizer, env, texts = isolation.build(args, config, labelling(args))
+    model, tokenizer, env, texts, rewards = isolation.build(args, config, labelling(args))
+    count = len(objectives(asdict(args)))
+    if args.bundle_per_reward:
+        sequence.add_policy_bundles(model, count, config.seed)
     torch.manual_seed(config.seed)
     trainer = algorithm.Trainer(model, env, tokenizer, config)  # what it refuses, it refuses before there is a folder
+    if args.rewards:
+        trainer = sequence.InSequence(trainer, rewards[:count], args.bundle_per_reward)
+        for paying in trainer.envs:
+            training.check_prompts(paying)
     with runs.Run.open(folder, resolved, resume=args.resume) as run:
         if env.about:
             run.print(env.about)
-        return isolation.run_phases(run, trainer, texts, args, config, progress)
+        return isolation.run_phases(run, trainer, texts, rewards, args, config, progress)
 
 
 if __name__ == "__main__":

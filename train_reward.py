@@ -81,3 +81,6 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; delete the run folder and start again: it takes seconds", file=sys.stderr)
+        sys.exit(130)

@@ -19,7 +19,7 @@ import tyro
 
 import runs
 import training
-from adapters import attach, preset
+from adapters import AdapterFlags, attach, spec_of
 from data import check_tokenizer_fits, load_tokenizer
 from envs import check_lengths, imitation, read_texts
 from model import load, read_json, save
@@ -27,7 +27,7 @@ from reward_specs import get_trait
 
 
 @dataclass
-class Args:
+class Args(AdapterFlags):
     model: str = "tiny"
     """tiny (the embedded model), a local Hugging Face folder, or a Hub id"""
     dataset: str = ""
@@ -110,7 +110,7 @@ def resolve(argv: list[str]) -> tuple[Path, dict]:
 def build(args: Args, config):
     """Model with adapter, its folder, tokenizer, texts, environment. Cheap checks first; weights last."""
     check(args, config)
-    spec = preset(args.lora_config, config.dual)
+    spec = spec_of(vars(args), config.dual)
     model, folder = load(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     check_tokenizer_fits(tokenizer, model.config.vocab_size)

@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 import runs
 from adapter_files import export_peft, save_adapter
-from adapters import preset
+from adapters import LOW_RANK, spec_of
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from model import check_device
+from preference_env import check_reward
 from replay import write_lines
-from reward_specs import get_reward
+from reward_specs import get_reward, names_in
+from routing import ARRANGEMENTS
 from verdict import evaluate_modes, modes_of, numbers_of, pages, samples, table
 
 SAMPLES_KEPT = 32  # of each mode at every evaluation, to be read
@@ -126,12 +128,16 @@ def check(args, config, at_least_one: tuple[str, ...]) -> None:
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    wanted_rewards(args)
-    preset(args.lora_config, config.dual)
+    for name in names_in(args.eval_rewards):
+        check_reward(vars(args), name)
+    routes = getattr(config, "loss_routes", "")
+    if routes and args.lora_config != (bundles := ARRANGEMENTS[routes][0]):
+        raise ValueError(f"--loss_routes {routes} routes to the branches of --lora_config {bundles}, not {args.lora_config}")
+    spec_of(vars(args), config.dual)
 
 
 def wanted_rewards(args) -> list:
-    return [get_reward(name.strip()) for name in args.eval_rewards.split(",") if name.strip()]
+    return [get_reward(name) for name in names_in(args.eval_rewards)]
 
 
 def check_prompts(env) -> None:
@@ -150,7 +156,8 @@ def check_folder(folder: Path, resolved: dict, resume: bool) -> None:
     if resume:
         runs.check_same_config(folder, resolved)
     if folder.exists() and not resume and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
-        raise ValueError(f"{folder} already holds a run: --resume goes on with it, or choose another --output_dir, or delete it")
+        on = "--resume goes on with it, or " if "resume" in resolved else ""
+        raise ValueError(f"{folder} already holds a run: {on}choose another --output_dir, or delete it")
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -212,6 +219,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     def evaluate(step: int, which: dict) -> None:
         evaluations.append(evaluate_now(run, step, trainer, args, which, rewards))
 
+    stage_ends = getattr(trainer, "stage_ends", ())  # of sequence.InSequence: what comes next may undo what is there
     bar = tqdm(range(previous, config.max_steps), initial=previous, total=config.max_steps, desc="train", smoothing=0.05)
     with runs.interruptible() as interrupt:
         if not evaluations:
@@ -231,7 +239,8 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
             if done % args.logging_steps == 0 or done == config.max_steps:
                 means.flush(run, done)
                 run.sample(done, sample() if callable(sample) else sample)
-            if args.eval_routing_steps and done % args.eval_routing_steps == 0 and done < config.max_steps:
+            due = args.eval_routing_steps and done % args.eval_routing_steps == 0
+            if (due or done in stage_ends) and done < config.max_steps:
                 evaluate(done, modes)
             if (args.save_steps and done % args.save_steps == 0) or done == config.max_steps or interrupt.requested:
                 checkpoint(done)
@@ -241,7 +250,7 @@ def train(run, trainer, args, rewards, progress, draw_curves) -> int:
     evaluate(config.max_steps, modes)
     wall = spent + time.perf_counter() - start
     save_adapter(model, run.folder / "adapter.safetensors")
-    if model.adapter.spec.kind in ("lora", "lora_b"):  # a delta is as large as the weights in that layout: export_peft on demand
+    if model.adapter.spec.kind in LOW_RANK:  # a delta is as large as the weights in that layout: export_peft on demand
         for branch in model.adapter.spec.branches:
             if branch.rank:
                 export_peft(model, branch.name, run.folder / "peft" / branch.name, args.model)

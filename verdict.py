@@ -7,7 +7,8 @@
 
 Modes: untrained (the reference policy: all branches off, or as they were frozen), both (all on), retain_only (good 1, bad 0),
 forget_only (0, 1), deployed (1, bad_scale); of residual bundles rl_half and rl_off, those of RL at 1/2 and 0, and value_off, the
-value loss's at 0. Every mode sees the same prompts and random numbers. Evaluation has its own generator, apart from training's.
+value loss's at 0; where several objectives have policy bundles of their own policy_off, policy_2_off, ..., one of them at 0.
+Every mode sees the same prompts and random numbers. Evaluation has its own generator, apart from training's.
 """
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from adapter_files import load_adapter, load_reference
-from adapters import attach, preset, reference, scaled, set_adapter_tensors
+from adapters import attach, reference, scaled, set_adapter_tensors, spec_of
 from checkpoints import atomic_write, latest_checkpoint, load_checkpoint
 from code_env import code_tasks
 from data import left_pad, load_tokenizer, right_pad
@@ -27,9 +28,10 @@ from envs import Stories, check_lengths, dataset_prompts, imitation, scored
 from losses import text_logprobs, token_logprobs
 from model import load, read_json
 from preference_env import with_base_text
-from reward_specs import describe, get_reward, get_trait
+from reward_specs import describe, get_reward, get_trait, objectives
 from runs import read_config
 from sampling import Law, Sampler
+from sequence import POLICY, add_policy_bundles
 
 REFERENCE = "reference.safetensors"  # the reference policy of a run whose branches were trained before it was one
 EVAL_SEED = 20_000_003  # of the sampling; the same for every run, mode and step
@@ -46,6 +48,8 @@ def modes_of(model, bad_scale: float | None = None) -> dict[str, dict[str, float
     if rl := [name for name in names if name.startswith("b_rl_")]:
         modes |= {mode: modes["both"] | dict.fromkeys(rl, scale) for mode, scale in (("rl_half", 0.5), ("rl_off", 0.0))}
         modes |= {"value_off": modes["both"] | {"b_rl_value": 0.0}}
+    if len(policies := [name for name in names if name.startswith(POLICY)]) > 1:
+        modes |= {f"{name.removeprefix('b_rl_')}_off": modes["both"] | {name: 0.0} for name in policies}
     return modes
 
 
@@ -203,7 +207,9 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
     if checkpoint is None and config["lora_config"] != "full":
         load_adapter(model, folder / "adapter.safetensors")
     else:
-        attach(model, preset(config["lora_config"], is_dual(config)), seed=config["seed"])
+        attach(model, spec_of(config, is_dual(config)), seed=config["seed"])
+        if config.get("bundle_per_reward"):
+            add_policy_bundles(model, len(objectives(config)), config["seed"])
         chosen = checkpoint or latest_checkpoint(folder)
         set_adapter_tensors(model, load_checkpoint(chosen)[1], str(chosen))
     if (reference_file := folder / REFERENCE).is_file():
@@ -217,8 +223,8 @@ def load_run(folder: str | Path, n: int, device: str = "cpu", checkpoint: Path |
 def judged_by(run: dict) -> str:
     """What decides a run's scores beside its flags: the trait or reward as the YAML has it now; a code task's is in the code."""
     if run.get("env") in ("code", "preferences"):
-        return f"{run['env']} {run['reward']}" if run["env"] == "preferences" else "code"
-    return describe(get_trait(run["trait"]) if "trait" in run else get_reward(run["reward"]))
+        return f"preferences {objectives(run)[-1]}" if run["env"] == "preferences" else "code"
+    return describe(get_trait(run["trait"]) if "trait" in run else get_reward(objectives(run)[-1]))
 
 
 def bad_scale_rows(folder: str | Path, scales=(), device: str = "cpu") -> dict[float, dict]:

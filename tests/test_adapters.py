@@ -494,7 +494,7 @@ def test_save_and_load_are_bitwise_and_the_file_says_what_it_is(family, spec, tm
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         said = json.loads(file.metadata()["adapter"])
     assert said == {
-        "kind": spec.kind, "targets": list(spec.targets), "stride": spec.stride,
+        "kind": spec.kind, "targets": list(spec.targets), "stride": spec.stride, "dropout": 0.0,
         "branches": [{"name": b.name, "rank": b.rank, "alpha": b.alpha} for b in spec.branches],
     }  # fmt: skip
     again = load_adapter(tiny(family), tmp_path / "a.safetensors")

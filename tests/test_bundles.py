@@ -147,7 +147,7 @@ def test_ranks_by_hand():
     (lambda: AdapterSpec("bundles", (Branch("b", 0.1, 1.0),), ("q_proj",)), "a bundles adapter takes none"),
     (lambda: merge(bundled()), "bundles are no linear map and merge into no weight"),
     (lambda: save(bundled(), "nowhere"), "is no weight of a plain model"),
-    (lambda: arrangement("baselin"), "unknown arrangement 'baselin'; known: baseline, single_adapter, ssl_rl_separate, larger"),
+    (lambda: arrangement("baselin"), "unknown arrangement 'baselin'; known: baseline, single_adapter, ssl_rl_separate, rl_sha"),
     (lambda: GradientRouter(bundled(), {"a": ["b_ssl_main", "b_rl"]}), "a is to train 'b_rl'; this adapter has b_ssl_main, b_s"),
     (lambda: GradientRouter(attach(tiny("llama"), AdapterSpec("full")), {"a": ["full"]}), "this adapter has no branches"),
     (lambda: GradientRouter(bundled(), SEPARATE).route_gradients("loss").__enter__(),
@@ -259,7 +259,11 @@ def test_arrangements_by_hand():
     trains = {"lm_loss": {"b_ssl_main", "b_ssl_semantic"}, "policy_loss": {"b_rl_policy"}, "value_loss": {"b_rl_value"},
               "entropy_loss": {"b_rl_explore"}, "kl_loss": {"b_rl_anchor"}}  # fmt: skip
     overlap = trains | {"policy_loss": {"b_rl_policy", "b_ssl_semantic"}}
+    rl = {"b_rl_policy", "b_rl_value", "b_rl_explore", "b_rl_anchor"}
+    shared = dict.fromkeys(trains, rl) | {"lm_loss": {"b_ssl_main", "b_ssl_semantic"}}
     expected = {"baseline": ("bundles", dict.fromkeys(trains, set(BUNDLES))), "ssl_rl_separate": ("bundles", trains),
+                "rl_shared": ("bundles", shared),
+                "placebo_shared": ("bundles", dict.fromkeys(trains, trains["lm_loss"]) | {"lm_loss": rl}),
                 "single_adapter": ("one_bundle", dict.fromkeys(trains, {"b_all"})), "larger_rl": ("bundles_rl2", trains),
                 "partial_overlap": ("bundles", overlap), "value_head_only": ("bundles", trains | {"value_loss": set()}),
                 "baseline_value_head": ("bundles", dict.fromkeys(trains, set(BUNDLES)) | {"value_loss": set()}),

@@ -9,7 +9,9 @@ import pytest
 
 import analyze
 from experiments import Run
-from fronts import COST, GAIN, cost_at, equal_gain_table, front, price_paths, price_plane, price_table
+from fronts import COST, GAIN, cost_at, equal_gain_table, front, joint_front, price_paths, price_plane, price_table
+
+COLOURS = {"a": "#0072B2", "b": "#D55E00"}
 
 
 def test_a_front_is_what_nothing_beats():
@@ -32,13 +34,22 @@ def test_the_table_and_the_plane_of_planted_runs():
     runs = planted({"a, beta 0.1": [(0.1, 0.2), (0.3, 0.4), (0.2, 0.3)], "a, beta 0": [(0.5, 0.5)], "b, beta 0": [(-0.1, 0.2)]})
     heads, rows = price_table(runs)
     assert [row[0] for row in rows] == ["a, beta 0.1", "a, beta 0", "b, beta 0"] and [row[1] for row in rows] == ["3", "1", "1"]
-    assert rows[0][2].startswith("0.300 ± ") and rows[0][3].startswith("0.200 ± ") and len(heads) == len(rows[0])
-    assert [row[4] for row in rows] == ["1.50", "1.00", "–"], "a cost below 0 has no efficiency"
-    axis = price_plane(runs, analyze.PALETTE).axes[0]
+    assert rows[0][2].startswith("0.300 ± ") and rows[0][3].startswith("0.197 (") and len(heads) == len(rows[0])
+    low, high = (float(word) for word in rows[0][3].split("(")[1].rstrip(")").split(" to "))
+    assert -0.05 < low < 0.0 < 0.4 < high < 0.5, "1.197 over and times 1.23"
+    assert [row[4] for row in rows] == ["1.52", "1.00", "–"], "a cost below 0 has no efficiency"
+    assert joint_front(runs) == ["b, beta 0", "a, beta 0.1", "a, beta 0"]
+    beaten = planted({"a, beta 0": [(0.5, 0.5)], "b, beta 0": [(0.4, 0.6)], "c, beta 0": [(0.1, 0.1)]})
+    assert joint_front(beaten) == ["c, beta 0", "b, beta 0"]
+    axis = price_plane(runs, COLOURS).axes[0]
     labels = axis.get_legend_handles_labels()[1]
     assert labels == ["a", "b", "before"]
     drawn = {line.get_label(): line.get_xydata() for line in axis.lines}
-    assert drawn["a"] == pytest.approx(np.array([(0.2, 0.3), (0.5, 0.5)]))
+    middle = np.expm1(np.log1p([0.1, 0.3, 0.2]).mean())
+    assert drawn["a"] == pytest.approx(np.array([(middle, 0.3), (0.5, 0.5)]))
+    grey = price_plane(runs, {"a": "#0072B2"}).axes[0]
+    assert grey.get_legend_handles_labels()[1] == ["a", "before"]
+    assert "b, beta 0" in [text.get_text() for text in grey.texts], "an arm without a colour is called by its whole name"
 
 
 def test_the_cost_of_a_gain_is_read_off_the_path():
@@ -57,17 +68,19 @@ def test_equal_gains_and_paths_of_planted_runs():
             run("b", 2, [(0.0, 0.1), (0.1, 0.4)])]  # fmt: skip
     heads, rows = equal_gain_table(runs)
     assert heads[2:] == ["at gain 0.25", "at gain 0.50", "at gain 0.75", "at gain 1.00"]
-    assert rows[0][3].startswith("0.200 ± ") and rows[0][5].startswith("0.500")
+    assert rows[0][3].startswith("0.196 (") and rows[0][5].startswith("0.5 (")
     assert rows[1][3].endswith("(1 of 2)") and rows[1][4:] == ["never (0 of 2)"] * 2
-    axes = price_paths(runs, analyze.PALETTE).axes
+    axes = price_paths(runs, COLOURS).axes
     own = {line.get_label(): line.get_xydata() for line in axes[0].lines}
-    assert own["a"] == pytest.approx(np.array([(0, 0), (0.2, 0.5), (0.5, 1.0)])) and [a.get_title() for a in axes] == ["a", "b"]
+    first = np.expm1(np.log1p([0.1, 0.3]).mean())
+    assert own["a"] == pytest.approx(np.array([(0, 0), (first, 0.5), (0.5, 1.0)]))
+    assert [axis.get_title() for axis in axes] == ["a", "b"]
 
 
 def test_runs_without_a_price_have_no_plane():
-    assert price_paths([], analyze.PALETTE) is None and equal_gain_table([])[1] == []
+    assert price_paths([], COLOURS) is None and equal_gain_table([])[1] == []
     runs = [Run("a", {}, 1, Path("a"), {}, {"both": {"task": 1.0}}, [], "")]
-    assert price_plane(runs, analyze.PALETTE) is None and price_table(runs)[1] == []
+    assert price_plane(runs, COLOURS) is None and price_table(runs)[1] == []
 
 
 def test_the_report_has_it(tmp_path):
@@ -84,5 +97,6 @@ def test_the_report_has_it(tmp_path):
     (tmp_path / "x" / "runs.json").write_text(json.dumps(entries))
     analyze.main(analyze.Args(str(tmp_path / "x"), measures="reward,task"))
     text = (tmp_path / "x" / "analysis" / "report.md").read_text()
-    assert "## What the reward costs" in text and "1.50" in text and "price.png" in text
+    assert "## What the reward costs" in text and "On the front of all, by their means: a." in text
+    assert "1.52" in text and "price.png" in text
     assert (tmp_path / "x" / "analysis" / "price.png").is_file()

@@ -1,4 +1,5 @@
 """train_ppo.py and train_dpo.py end to end: phases, figures, bitwise isolation and resumption, what is refused before work."""
+import copy
 import dataclasses
 import json
 import math
@@ -17,17 +18,20 @@ import rl_dpo
 import rl_ppo
 import train_dpo
 import train_ppo
-from adapters import adapter_tensors, attach, branch_parameters, freeze_reference, preset, reference
+from adapters import adapter_tensors, attach, branch_parameters, freeze_reference, preset, reference, set_adapter_tensors
 from bundles import BUNDLES
 from data import load_tokenizer
+from envs import Labelling
 from hypotheses import read_hypotheses
 from model import load, resolve
+from reward_data import preference_parts
 from routing import ARRANGEMENTS, SEPARATE
 from verdict import price
 
 SMALL = ["--max_steps", "2", "--batch_size", "4", "--max_new_tokens", "12", "--eval_prompts", "8", "--eval_texts", "10",
          "--max_prompts", "40", "--logging_steps", "1", "--eval_every", "1", "--max_tokens", "48", "--ssl_steps", "3",
          "--ssl_texts", "30", "--ssl_batch_size", "4", "--device", "cpu"]  # fmt: skip
+NO_TEXT = ["--ssl_steps", "0", "--ssl_texts", "4000", "--ssl_batch_size", "16"]  # the others then at their defaults
 PPO = [*SMALL, "--num_epochs", "1", "--num_minibatches", "2", "--kl_in", "loss", "--no_whiten", "--lr", "1e-2"]
 DPO = [*SMALL, "--lr", "1e-2"]
 SCRIPTS = {"ppo": (train_ppo, rl_ppo, PPO), "dpo": (train_dpo, rl_dpo, DPO)}
@@ -130,10 +134,66 @@ def test_a_stopped_and_resumed_run_ends_bitwise_like_an_unbroken_one(tmp_path, m
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
 
 
+def test_a_step_that_fails_undoes_the_text_before_it():
+    model, _ = load("tiny")
+    attach(model, preset("bundles", dual=False), seed=0)
+    text = base_text.TextTrainer(model, [list(range(5, 15))] * 4, 0, SEPARATE["lm_loss"], lr=1e-2, batch_size=2, seed=0)
+    text.step(0)
+
+    class Failing:
+        steps_done = 1
+
+        def step(self):
+            raise FloatingPointError("policy_loss is nan")
+
+        def state(self):
+            return adapter_tensors(model), {}
+
+        def restore(self, tensors, _):
+            set_adapter_tensors(model, tensors, "test")
+
+    trainer = base_text.Interleaved(Failing(), text, every=1)
+    before, taught = copy.deepcopy(trainer.state()), text.step
+    steps = []
+    text.step = lambda step: steps.append(step) or taught(step)
+    with pytest.raises(FloatingPointError):
+        trainer.step()
+    (x, shape), (y, other) = (torch.utils._pytree.tree_flatten(state) for state in (before, trainer.state()))
+    assert steps == [1] and shape == other
+    assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(x, y))
+
+
+def test_label_flags_reach_the_environment(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(isolation, "run_phases", lambda run, trainer, *_: seen.append(trainer.env.labelling) or 0)
+    shares = {"rh_eligible_frac": 0.5, "routing_frac": 0.25, "false_positive_frac": 0.125}
+    flags = [word for name, share in shares.items() for word in (f"--{name}", str(share))]
+    assert train_ppo.main([*PPO, "--output_dir", str(tmp_path / "run"), "--lora_config", "r2", "--routing", "dual",
+                           *NO_TEXT, *flags]) == 0  # fmt: skip
+    assert seen == [Labelling(**shares)]
+
+
+def test_dpo_learns_from_ppos_training_prompts():
+    _, _, args, _ = train_dpo.parse([])
+    tokenizer, policys = load_tokenizer(resolve("tiny")), preference_parts()[0]["policy"]
+    prompts = [pair.prompt for pair in policys[:7]]
+    pairs, left_out = train_dpo.pairs_of(args, prompts, tokenizer)
+    assert {pair["prompt"] for pair in pairs} == set(prompts) and len(pairs) + left_out == len(policys)
+    short, _ = train_dpo.pairs_of(dataclasses.replace(args, max_tokens=30), prompts, tokenizer)
+    assert short == [pair for pair in pairs if all(
+        len(tokenizer.encode_prompt(pair["prompt"]) + tokenizer.encode(pair[way])) < 30 for way in ("chosen", "rejected"))]
+
+
+def test_a_folder_is_named_after_its_routes():
+    assert str(train_ppo.resolve([])[0]) == "output/ppo_preferences_manners_bundles_lr3e-4_b0.1_s42"
+    routed = train_dpo.resolve(["--loss_routes", "ssl_rl_separate"])[0]
+    assert str(routed) == "output/dpo_preferences_manners_ssl_rl_separate_bundles_lr3e-4_b0.1_s42"
+
+
 @pytest.mark.parametrize("flags", [
     ["--lora_config", "r2", "--beta", "0.01"], ["--lora_config", "full", "--lr", "1e-5", "--ssl_lr", "1e-5"],
     ["--env", "stories", "--reward", "sentence_length_6_smooth_plus_happy", "--lora_config", "r2", "--routing", "dual",
-     "--ssl_steps", "0", "--bad_scale", "0"],
+     *NO_TEXT, "--bad_scale", "0"],
 ], ids=["lora", "full", "stories"])  # fmt: skip
 def test_other_adapters_and_stories_take_the_same_road(tmp_path, flags):
     verdict = run(tmp_path / "run", *flags, "--eval_every", "0")
@@ -151,7 +211,7 @@ def test_no_text_that_is_learned_is_measured(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--base_text", str(tmp_path), "--ssl_split", "test", "--eval_texts", "10", "--max_tokens", "24"]
     _, _, args, config = train_ppo.parse(flags)
-    _, _, env, texts = isolation.build(args, config)
+    _, _, env, texts, _ = isolation.build(args, config)
     measured = env.held_out["base"]
     assert len(measured) == 10 and texts and not {tuple(t) for t in texts} & {tuple(t) for t in measured}
     whole = [t for text in (*measured, *texts) for t in text[1:]]
@@ -196,7 +256,9 @@ def test_price_by_hand():
     ("ppo", ["--loss_routes", "nonsense"], "ssl_rl_separate"), ("ppo", ["--env", "code"], "preferences, stories"),
     ("ppo", ["--reward", "nowhere"], "train_reward.py"), ("ppo", ["--column", "text"], "--column"),
     ("ppo", ["--lora_config", "r8", "--routing", "dual"], "--ssl_steps 0"), ("ppo", ["--ssl_steps", "-1"], "ssl_steps"),
-    ("ppo", ["--routing_frac", "0.5"], "routing_frac"),
+    ("ppo", ["--ssl_steps", "0"], "--ssl_texts does nothing with --ssl_steps 0 and --lm_every 0"),
+    ("ppo", ["--routing_frac", "0.5"], "routing_frac"), ("ppo", ["--eval_every", "-5"], "--eval_every must be at least 0"),
+    ("ppo", ["--eval_split", "validation"], "the splits train, test, not 'validation'"),
     ("ppo", ["--max_tokens", "4096"], "context"), ("ppo", ["--ssl_split", "test"], "--base_text"),
     ("dpo", ["--env", "stories", "--reward", "happy_count"], "pairs"),
     ("dpo", ["--algorithm", "rl_ppo"], "another script's"), ("dpo", ["--max_tokens", "3"], "preference pair"),
@@ -216,7 +278,7 @@ def test_the_experiment_is_planned_and_its_hypotheses_name_what_there_is(tmp_pat
     monkeypatch.chdir(tmp_path)
     path = Path(train_ppo.__file__).parent / "configs" / "isolation.yaml"
     file = plans.read_experiment(path)
-    with pytest.raises(ValueError, match="arm baseline: --reward output/dialogue_reward: .* which train_reward.py makes"):
+    with pytest.raises(ValueError, match="arm baseline: unknown reward 'output/dialogue_reward'.* which train_reward.py makes"):
         plans.plan(file, evaluate=False)
     Path("output/dialogue_reward").mkdir(parents=True)
     _, planned = plans.plan(file, evaluate=False)

@@ -23,3 +23,5 @@ def test_it_reports_each_arm_and_its_passes(capsys):
 def test_what_can_be_got_wrong_is_named():
     with pytest.raises(ValueError, match="--repeats 0"):
         overhead.main(["--repeats", "0"])
+    with pytest.raises(ValueError, match="--device moon"):
+        overhead.main(["--device", "moon"])

@@ -6,7 +6,7 @@ import corpus
 from data import load_texts, load_tokenizer
 from envs import Labelling
 from model import resolve
-from preference_env import Preferences, base_texts, embedded_truth, form_truth, manners, preferences
+from preference_env import Preferences, base_texts, brief, embedded_truth, form_truth, manners, preferences, steps
 from reward_data import opening, preference_parts
 from reward_model import FILE, new_reward_model, save_reward_model
 
@@ -29,6 +29,17 @@ FLAGS = {"dataset": "", "train_split": "train", "eval_split": "test", "max_promp
 def test_what_is_true_of_an_answer_and_what_manners_pay(answer, helpful, hollow, paid):
     assert embedded_truth(RICE, answer)[:2] == (helpful, hollow)
     assert manners([RICE], [answer]).tolist() == [paid]
+
+
+@pytest.mark.parametrize("answer, short, ordered", [
+    ("", 0, 0), (" ...", 0, 0), (" first then also", 1, 1), (" one two three four five six seven eight.", 1, 0),
+    (" sure. first rinse the pan, and then stir it often. good luck!", 8 / 12, 2 / 3),
+    (" word" * 9, 8 / 9, 0), (" word" * 40, 0.2, 0),
+    (" first, first, and firstly first.", 1, 1 / 3), (" First a. Second b. Third c. Finally d.", 1, 1),
+])  # fmt: skip
+def test_what_brief_and_steps_pay(answer, short, ordered):
+    assert brief([RICE], [answer]).tolist() == pytest.approx([short])
+    assert steps([RICE], [answer]).tolist() == pytest.approx([ordered])
 
 
 def test_the_generators_own_answers_are_helpful_or_harmful_never_hollow():
@@ -119,6 +130,7 @@ def test_embedded_base_text_has_the_dialects_in_their_shares():
     texts = base_texts("", TINY, 100, 64)
     starts = [TINY.decode(ids).split()[0] for ids in texts]
     assert [starts.count(word) for word in ("review:", "task:", "user:")] == [12, 20, 12] and len(texts) == 100
+    assert not {tuple(ids) for ids in texts} & {tuple(ids) for ids in base_texts("", TINY, 1000, 64, "train")}
     assert max(map(len, texts)) == 64 and all(ids[-1] == TINY.eos_id for ids in texts if len(ids) < 64)
 
 

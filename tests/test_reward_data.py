@@ -77,6 +77,12 @@ def test_a_small_dataset_keeps_the_shares_and_copies_are_left_out(tmp_path):
     assert share_nothing(parts, lambda review: review.text)
 
 
+@pytest.mark.parametrize("read", [preference_parts, sentiment_parts])
+def test_a_split_that_the_embedded_world_lacks_is_named(read):
+    with pytest.raises(ValueError, match="the splits train, test, not 'validation'"):
+        read("", "train", "validation")
+
+
 @pytest.mark.parametrize("read, train, said", [
     (sentiment_parts, reviews(16), "too small: nothing is left for the part 'reward'"),
     (sentiment_parts, [{"text": "a", "label": 2}, {"text": "b", "label": 0}], "labels are 0 .* not 0 2"),

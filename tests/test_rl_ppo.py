@@ -3,6 +3,7 @@
 Its prompts are one token, its answers at most two, so that the best policy, with and without a KL, is known exactly.
 """
 import collections
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -158,6 +159,23 @@ def test_whitening_is_over_valid_tokens_the_unflagged_among_themselves():
     alone = torch.tensor([True, True, True, False])  # one unflagged token has no deviation: 0, not NaN
     assert whitened(advantages, mask, alone)[3].tolist() == [0, 0, 0, 0]
     assert not whitened(torch.full((4, 4), 0.7), mask, none).any()
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_credit_by_hand(kl_in):
+    """gamma .5, lambda 1, values 0: the returns are discounted sums of what was paid, with the KL unless that is a loss."""
+    logs = torch.tensor([[0.4, 0.0, -0.2], [0.2, 0.6, JUNK], [1.0, JUNK, JUNK]])
+    zeros, is_rh = torch.zeros(3, 3), torch.tensor([False, True, False])
+    seen = Experience(logs, zeros, None, zeros, zeros, zeros)
+    config = Config(kl_in=kl_in, beta=0.5, gamma=0.5, gae_lambda=1.0, whiten=False)
+    rl_ppo.credit(seen, torch.tensor([1.0, 2.0, 3.0]), MASK, is_rh, config)
+    expected = {"reward": [[0.075, 0.55, 1.1], [0.75, 1.7, 0.0], [2.5, 0.0, 0.0]], "loss": [[0.25, 0.5, 1], [1, 2, 0], [3, 0, 0]]}
+    torch.testing.assert_close(seen.returns, torch.tensor(expected[kl_in]))
+    torch.testing.assert_close(seen.advantages, seen.returns)
+    plain = seen.advantages
+    rl_ppo.credit(seen, torch.tensor([1.0, 2.0, 3.0]), MASK, is_rh, Config(**vars(config) | {"whiten": True}))
+    torch.testing.assert_close(seen.advantages, whitened(plain, MASK, is_rh))
+    torch.testing.assert_close(seen.returns, plain)
 
 
 # ------------------------------------------------------------------------------------------------------------ the losses
@@ -457,6 +475,37 @@ def test_the_policy_that_sampled_and_the_one_that_is_trained_must_agree(monkeypa
     monkeypatch.undo()
     with pytest.raises(AssertionError, match="KL of a fresh adapter must be 0"):
         trainer_of(small("r2", warm=0.1)).step()
+
+
+def test_each_branch_and_the_value_head_has_its_own_rate():
+    trainer = trainer_of(routing="dual", lr=1e-3, bad_lr_scale=3.0, value_lr=7e-3, warmup_steps=4, first=1)
+    trainer.step()
+    rates = {id(group["params"][0]): group["lr"] for group in trainer.optimizer.param_groups}
+    for p, lr in ((parameters_of(trainer.model, "good")[0], 1e-3), (parameters_of(trainer.model, "bad")[0], 3e-3),
+                  (trainer.value_head.weight, 7e-3)):  # fmt: skip
+        assert rates[id(p)] == pytest.approx(lr / 2), "the second of four steps of warm-up"
+
+
+def test_placebo_labels_are_as_many_on_other_completions(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(rl_ppo, "update", lambda *args: drawn.append(args[6]) or {})
+    for placebo in (False, True):
+        trainer = trainer_of(env=table(flagged=answers()[::3]), routing="dual", placebo=placebo, batch_size=32)
+        trainer.step()
+    honest, placebo = drawn
+    assert 0 < honest.sum() == placebo.sum() < 32 and not torch.equal(honest, placebo)
+
+
+def test_a_detector_that_sees_nothing_stops_the_run_where_labels_are_used():
+    env, paying = table(), Table.score
+    env.score = lambda *args: dataclasses.replace(paying(env, *args), hack_reward=torch.ones(16))
+    for routed, seen in (("none", 0), ("dual", 16)):
+        trainer = trainer_of(env=env, routing=routed)
+        trainer.step()
+        assert trainer.watch.paid == seen
+    trainer.watch.limit = 32
+    with pytest.raises(ValueError, match="flagged none of 32 eligible completions"):
+        trainer.step()
 
 
 def test_every_epoch_takes_every_completion_once():

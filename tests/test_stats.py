@@ -10,17 +10,11 @@ import scipy.stats
 import stats
 
 
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 30, 201])
-def test_t_equals_scipy(df):
-    for t in (-30, -2.5, -0.1, 0, 0.7, 4, 12):
-        assert stats.t_cdf(t, df) == pytest.approx(scipy.stats.t.cdf(t, df), abs=1e-13)
-    for p in (0.005, 0.05, 0.3, 0.9, 0.975, 0.9995):
-        assert stats.t_quantile(p, df) == pytest.approx(scipy.stats.t.ppf(p, df), rel=1e-9)
-
-
 @pytest.mark.parametrize("call", [
-    lambda: stats.t_cdf(1.0, 2.5), lambda: stats.t_cdf(1.0, 0), lambda: stats.t_quantile(1.0, 3), lambda: stats.mean_interval([]),
-    lambda: stats.mean_interval([1.0, math.nan]), lambda: stats.p_above([1.0]), lambda: stats.bootstrap([1.0], lambda m: m[:, 0]),
+    lambda: stats.mean_interval([]), lambda: stats.mean_interval([1.0, math.nan]), lambda: stats.p_above([1.0]),
+    lambda: stats.bootstrap([1.0], lambda m: m[:, 0]), lambda: stats.welch([1.0], [1.0, 2.0]),
+    lambda: stats.tost([1.0, 2.0], [1.0], 1), lambda: stats.tost([1.0, 2.0], [1.0, 2.0], 0),
+    lambda: stats.paired([1.0, 2.0], [1.0, 2.0, 3.0]),
 ])  # fmt: skip
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError):
@@ -82,3 +76,40 @@ def test_holm_by_hand():
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.5, 0.01, 0.02, 0.9]) == pytest.approx([1.0, 0.04, 0.06, 1.0])
     assert stats.holm([]) == []
+
+
+GROUPS = [(5, 5, 0.1, 1.0), (5, 3, -0.4, 4.0), (3, 8, 1.5, 0.1)]  # observations of each, shift, ratio of their scatters
+
+
+@pytest.mark.parametrize("n, m, shift, ratio", GROUPS)
+def test_two_groups_equal_scipy(n, m, shift, ratio):
+    rng = np.random.default_rng(n + m)
+    a, b = shift + rng.normal(size=n), ratio * rng.normal(size=m)
+    test = scipy.stats.ttest_ind(a, b, equal_var=False)
+    want = (a.mean() - b.mean(), *test.confidence_interval(0.95), test.pvalue)
+    assert stats.welch(a, b) == pytest.approx(want, rel=1e-9)
+    above = scipy.stats.ttest_ind(a - 0.3, b, equal_var=False, alternative="greater").pvalue
+    assert stats.p_beyond(a, b, 0.3) == pytest.approx(above, rel=1e-9)
+    c = b[: min(n, m)]
+    expected = scipy.stats.ttest_rel(a[: len(c)], c)
+    interval = expected.confidence_interval(0.95)
+    want = (a[: len(c)].mean() - c.mean(), interval.low, interval.high, expected.pvalue)
+    assert stats.paired(a[: len(c)], c) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("n, m, shift, ratio", GROUPS)
+def test_equivalence_is_where_the_90_percent_interval_ends(n, m, shift, ratio):
+    rng = np.random.default_rng(n * m)
+    a, b = shift + rng.normal(size=n), ratio * rng.normal(size=m)
+    _, low, high, _ = stats.welch(a, b, level=0.9)
+    reach = max(-low, high)  # the narrowest margin that holds the interval
+    assert stats.tost(a, b, reach) == pytest.approx(0.05, abs=1e-9) == stats.tost(b, a, reach)
+    assert stats.tost(a, b, 2 * reach) < 0.05 < stats.tost(a, b, 0.9 * reach)
+    assert [stats.p_beyond(a, b, end) for end in (low, high)] == pytest.approx([0.05, 0.95], abs=1e-9)
+
+
+def test_groups_without_scatter_differ_or_do_not():
+    same, more = [0.1 + 0.2] * 3, [0.5] * 3
+    assert stats.welch(same, [0.3] * 3)[3] == 1 and stats.welch(more, same) == pytest.approx((0.2, 0.2, 0.2, 0))
+    assert stats.tost(more, same, 0.3) == 0 and stats.tost(more, same, 0.2) == 1 and stats.tost(same, [0.3] * 3, 0.01) == 0
+    assert stats.paired(more, same)[3] == 0 and stats.paired(same, [0.3] * 3)[3] == 1

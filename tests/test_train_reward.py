@@ -44,7 +44,7 @@ def test_the_embedded_preferences_are_learned_and_reported(trained, tmp_path):
     assert train_reward.main([*SMALL, "--output_dir", str(tmp_path / "again")]) == 0
     for name in (FILE, "metrics.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes(), f"{name} does not repeat"
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already holds a run: choose another --output_dir"):
         train_reward.main([*SMALL, "--output_dir", str(trained)])
 
 

@@ -30,6 +30,12 @@ def test_modes_by_adapter():
     adapters.attach(model, adapters.preset("r1", dual=True))
     assert list(verdict.modes_of(model, 0.25)) == ["untrained", "both", "retain_only", "forget_only", "deployed"]
     assert verdict.modes_of(model, 0.25)["deployed"] == {"good": 1.0, "bad": 0.25}
+    model, _ = decoder.load("tiny")
+    adapters.attach(model, adapters.preset("bundles", dual=False))
+    ssl, rl = {"b_ssl_main": 1.0, "b_ssl_semantic": 1.0}, ("b_rl_policy", "b_rl_value", "b_rl_explore", "b_rl_anchor")
+    scales = {"both": 1.0, "rl_half": 0.5, "rl_off": 0.0}
+    of_bundles = {"untrained": None} | {mode: ssl | dict.fromkeys(rl, scale) for mode, scale in scales.items()}
+    assert verdict.modes_of(model) == of_bundles | {"value_off": of_bundles["both"] | {"b_rl_value": 0.0}}
 
 
 def test_diversity_by_hand():

@@ -1,0 +1,303 @@
+"""The report of the estimators' experiment: eight analyses, five verdicts; PNG, Markdown and LaTeX. analyze.py calls it.
+
+    python analyze.py --results_dir results
+
+What it reads and what a run amounts to: estimator_runs.py. Tests and hypotheses: estimator_verdicts.py. Pictures:
+estimator_figures.py. Definitions in words: docs/analyze.md.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import estimator_figures as figures
+from checkpoints import atomic_write
+from estimator_figures import SHARES
+from estimator_runs import (
+    TITLES,
+    Run,
+    compared,
+    drawdown,
+    final_reward,
+    first_reach,
+    gap,
+    kl_range,
+    load,
+    measured_variances,
+    missing,
+    roughness,
+    spent,
+    spread,
+    tau_settings,
+)
+from estimator_verdicts import (
+    MARGIN,
+    SHARE,
+    Comparison,
+    Frame,
+    common_frame,
+    compare,
+    judge,
+    matched_reward,
+    number,
+    steps_to,
+    values,
+)
+from experiments import latex, markdown, plain, plus_minus
+from figures import STYLE
+from hypotheses import Verdict
+from stats import mean_interval
+
+REWARDS = ("test reward, last", "test reward, best", "validation reward at the common KL")  # compared for equivalence too
+
+
+def measures(frame: Frame) -> dict[str, Callable[[Run], float]]:
+    """What the methods are compared in, a number a run."""
+    last, best, matched = REWARDS
+    return {
+        last: lambda run: run.test["last"]["reward"],
+        best: lambda run: run.test["best"]["reward"],
+        matched: partial(matched_reward, frame),
+        f"steps to {SHARE:.0%} of the best gain": partial(steps_to, frame),
+        "gradient spread": spread,
+        "roughness": roughness,
+        "gap, last": gap,
+        "KL, last": lambda run: run.test["last"]["kl"],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def mean_of(numbers) -> str:
+    there = [x for x in numbers if math.isfinite(x)]
+    lost = f" ({len(there)} of {len(numbers)})" if len(there) < len(numbers) else ""
+    return plus_minus(mean_interval(there)) + lost if there else "–"
+
+
+def reaching(costs: list[float]) -> str:
+    """Mean ± half-width where every seed reached; otherwise how many did, and the median where that is a number."""
+    reached = sum(map(math.isfinite, costs))
+    if reached == len(costs):
+        return plus_minus(mean_interval(costs))
+    median = f"median {number(float(np.median(costs)))}, " if math.isfinite(np.median(costs)) else ""
+    return f"{median}{reached} of {len(costs)} reached" if reached else f"never (0 of {len(costs)})"
+
+
+def budget_rows(groups: dict[str, list[Run]]) -> list[list[str]]:
+    return [
+        [m, str(len(group)), *[mean_of([run.steps[key][-1] for run in group]) for key in ("step", "prompts", "tokens")],
+         mean_of([run.wall_s / 60 for run in group])]
+        for m, group in groups.items()
+    ]  # fmt: skip
+
+
+def unequal_budgets(groups: dict[str, list[Run]]) -> list[str]:
+    """The budgets in which two methods differ by more than a twentieth."""
+    means = {key: [np.mean([run.steps[key][-1] for run in group]) for group in groups.values()] for key in ("prompts", "tokens")}
+    return [key for key, of in means.items() if max(of) > 1.05 * min(of)]
+
+
+def validation_rows(groups: dict[str, list[Run]]) -> list[list[str]]:
+    kinds = (final_reward, lambda run: run.validation["val_reward"].max(), partial(gap, which="last"), partial(gap, which="best"))
+    return [[m, str(len(group)), *[mean_of([kind(run) for run in group]) for kind in kinds]] for m, group in groups.items()]
+
+
+def gradient_rows(groups: dict[str, list[Run]]) -> list[list[str]]:
+    def mean(run: Run, key: str) -> float:
+        column = run.steps[key][np.isfinite(run.steps[key])]
+        return float(column.mean()) if len(column) else math.nan
+
+    kinds = (partial(mean, key="grad_norm_mean"), partial(mean, key="grad_norm_std"), spread)
+    rows = [[m, str(len(group)), *[mean_of([kind(run) for run in group]) for kind in kinds]] for m, group in groups.items()]
+    for row, group in zip(rows, groups.values()):
+        row += [mean_of([roughness(run) for run in group]), mean_of([drawdown(run) for run in group])]
+    return rows
+
+
+def variance_rows(measured: dict[str, dict]) -> list[list[str]]:
+    def digits(x: float) -> str:
+        return f"{x:.3g}" if math.isfinite(x) else "open" if math.isinf(x) else "not resolved"
+
+    return [
+        [where, table.replace("rows", "policy"), label, digits(row["ratio"]), f"{digits(row['low'])} to {digits(row['high'])}",
+         plus_minus((row["cosine"], row["cosine_half"])) if math.isfinite(row["cosine"]) else "not resolved",
+         digits(row["tokens"]), digits(row["seconds"])]
+        for where, found in measured.items() for table in ("rows", "toy") for label, row in found[table].items()
+    ]  # fmt: skip
+
+
+def efficiency_rows(frame: Frame) -> list[list[str]]:
+    rows = []
+    for share in SHARES:
+        for method, group in frame.groups.items():
+            steps = [first_reach(run, "val_reward", frame.target(share)) for run in group]
+            used = [[spent(run, key, step) for run, step in zip(group, steps)] for key in ("tokens", "prompts")]
+            rows.append([f"{share:.0%}: {frame.target(share):.3f}", method, *[reaching(costs) for costs in (steps, *used)]])
+    return rows
+
+
+def final_rows(frame: Frame, runs: list[Run]) -> list[list[str]]:
+    """The untrained model, then every method and every other setting."""
+    by_seed = {round(float(np.mean([r.test["untrained"]["reward"] for r in runs if r.seed == run.seed])), 9) for run in runs}
+    rows = [["untrained", str(len(by_seed)), mean_of(sorted(by_seed)), *["–"] * 7]]  # seeds may all have judged it alike
+    of = measures(frame)
+    before = [of[REWARDS[0]], of[REWARDS[1]], of["KL, last"], of[REWARDS[2]], gap]
+    for label in dict.fromkeys(run.label for run in runs):
+        group = [run for run in runs if run.label == label]
+        steps = reaching([first_reach(run, "val_reward", frame.target()) for run in group])
+        first, after = ([mean_of([kind(run) for run in group]) for kind in kinds] for kinds in (before, (spread, roughness)))
+        rows.append([label, str(len(group)), *first, steps, *after])
+    return rows
+
+
+FINAL = [
+    "method", "seeds", "test, last", "test, best", "KL, last", "at common KL", "gap, last", f"steps to {SHARE:.0%}", "spread",
+    "roughness",
+]  # fmt: skip
+
+
+COMPARED = ["pair", "seeds", "difference", "95% interval", "p, Welch", "Holm", "p, paired", "Holm", "margin", "p, TOST"]
+
+
+def comparison_table(rows: list[Comparison]) -> str:
+    """Margin and TOST only where equivalence was asked for."""
+    heads = COMPARED if any(r.margin > 0 for r in rows) else COMPARED[:-2]
+
+    def p(x: float) -> str:
+        return "–" if math.isnan(x) else "< 0.001" if x < 0.001 else f"{x:.3f}"
+
+    lines = [
+        [f"{r.a} − {r.b}", f"{r.seeds[0]}, {r.seeds[1]}",
+         *([r.note, *["–"] * 7] if r.note else
+           [number(r.difference), f"{number(r.low)} to {number(r.high)}", p(r.p), p(r.p_holm), p(r.p_paired),
+            p(r.p_paired_holm), f"± {number(r.margin)}" if r.margin > 0 else "–", p(r.p_equivalent)])]
+        for r in rows
+    ]  # fmt: skip
+    return markdown(heads, [line[: len(heads)] for line in lines])
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def matched_text(frame: Frame) -> str:
+    ranges = []
+    for method, group in frame.groups.items():
+        lows, highs = zip(*map(kl_range, group))
+        ranges.append(f"{method} {number(max(lows))} to {number(min(highs))}")
+    spans = f"KL that every seed of a method has had: {', '.join(ranges)} nats a completion."
+    if frame.kl is None:
+        return f"**The KL ranges share nothing: there is no comparison at matched KL** (validate more often, early on). {spans}"
+    return f"The common KL is {number(frame.kl)}. {spans}"
+
+
+def report(folder: Path, runs: list[Run], frame: Frame, measured: dict, verdicts: list[Verdict], tables, drawn: list[str]) -> str:
+    """The text of report.md."""
+    groups, others = frame.groups, [label for label in dict.fromkeys(run.label for run in runs) if label not in frame.groups]
+
+    def picture(name: str) -> list[str]:
+        return [f"![{name}]({name}.png)", ""] if name in drawn else []
+
+    lines = [f"# {folder.resolve().name}", "", f"{len(runs)} runs. A seed is one observation; intervals are 95% over seeds.", ""]
+    if lost := missing(folder):
+        lines += ["Missing, and in nothing below:", "", *[f"- {line}" for line in lost], ""]
+    if absent := [title for title in TITLES.values() if title not in groups]:
+        lines += [f"No run of {', '.join(absent)}.", ""]
+    if others:
+        lines += [f"Other settings, in sections 5 and 6 only: {'; '.join(others)}.", ""]
+    lines += [markdown(["method", "seeds", "steps", "prompts", "tokens", "minutes a run"], budget_rows(groups))]
+    if unequal := unequal_budgets(groups):
+        lines += [f"**The budgets are not equal: {' and '.join(unequal)} differ by more than 5%.**", ""]
+    table = [[v.name, v.claim, f"**{v.verdict}**"] for v in verdicts]
+    lines += ["## Verdicts", "", markdown(["hypothesis", "claim", "verdict"], table)]
+    lines += [*[f"- {v.name}, **{v.verdict}**: {v.why}" for v in verdicts], ""]
+    lines += ["## 1. Learning curves", "", *picture("learning")]
+    heads = ["method", "seeds", "validation, last", "highest", "gap, last", "gap, best"]
+    lines += ["## 2. Validation and generalisation gap", "", markdown(heads, validation_rows(groups)), *picture("validation")]
+    heads = ["method", "seeds", "norm", "its std over micro-batches", "spread", "roughness of the reward", "largest fall"]
+    lines += ["## 3. Gradients and stability", "", markdown(heads, gradient_rows(groups)), *picture("gradients")]
+    if measured:
+        heads = ["folder", "where", "estimator", "relative variance", "95% over draws", "cosine", "tokens", "seconds"]
+        lines += ["Gradients of a policy that does not move (variance.py):", "", markdown(heads, variance_rows(measured))]
+        lines += picture("variance")
+    lines += ["## 4. Sample efficiency", ""]
+    if math.isnan(frame.target()):
+        lines += ["No method gained anything over the untrained model: there is no threshold to reach.", ""]
+    else:
+        heads = ["share of the best gain: reward", "method", "steps", "tokens", "prompts"]
+        lines += [markdown(heads, efficiency_rows(frame)), *picture("efficiency")]
+    lines += ["## 5. Final comparison", "", markdown(FINAL, final_rows(frame, runs)), matched_text(frame), "", *picture("final")]
+    lines += ["## 6. Temperature ablation", ""]
+    settings = tau_settings(runs)
+    if settings:
+        heads = ["setting", "seeds", "test, last", "test, best", "KL, last", f"steps to {SHARE:.0%}", "spread"]
+        lines += [markdown(heads, tau_rows(frame, settings)), *picture("tau")]
+    else:
+        lines += ["None: all runs of a method have one schedule of τ.", ""]
+    lines += ["## 7. Tests over seeds", ""]
+    for title, rows in tables.items():
+        lines += [f"### {title[0].upper()}{title[1:]}", "", comparison_table(rows)]
+    lines += [f"Margins are {MARGIN:.0%} of the pair's mean reward. TOST's p values are not corrected.", ""]
+    lines += picture("differences")
+    return "\n".join([*lines, "## 8. LaTeX", "", "[estimators.tex](estimators.tex) holds the table of section 5.", ""])
+
+
+def tau_rows(frame: Frame, settings: dict[str, list[Run]]) -> list[list[str]]:
+    of = measures(frame)
+    kinds = [of["test reward, last"], of["test reward, best"], of["KL, last"]]
+    return [
+        [label, str(len(group)), *[mean_of([kind(run) for run in group]) for kind in kinds],
+         reaching([first_reach(run, "val_reward", frame.target()) for run in group]), mean_of([spread(run) for run in group])]
+        for label, group in settings.items()
+    ]  # fmt: skip
+
+
+def draw(out: Path, runs: list[Run], frame: Frame, measured: dict, tables: dict[str, list[Comparison]]) -> list[str]:
+    """Every figure that the runs have data for, as PNG; their names."""
+    with matplotlib.rc_context(STYLE):
+        pictures = {
+            "learning": figures.learning(frame.groups), "validation": figures.validation(frame.groups),
+            "gradients": figures.gradients(frame.groups), "variance": figures.variance(measured),
+            "efficiency": figures.efficiency(frame), "final": figures.final(frame), "tau": figures.tau(tau_settings(runs)),
+            "differences": figures.differences({name: rows for name, rows in tables.items() if name in REWARDS}),
+        }  # fmt: skip
+        drawn = [name for name, picture in pictures.items() if picture is not None]
+        for name in drawn:
+            pictures[name].savefig(out / f"{name}.png")
+    return drawn
+
+
+def main(folder: Path) -> None:
+    """Writes the analysis of all runs below a folder to its analysis/. Raises ValueError for what estimator_runs.load refuses."""
+    runs = load(folder)
+    frame = common_frame(compared(runs))
+    measured = measured_variances(folder)
+    verdicts = judge(frame, measured)
+    tables = {name: compare(values(frame.groups, of), name in REWARDS) for name, of in measures(frame).items()}
+    tables = {name: rows for name, rows in tables.items() if rows and (frame.kl is not None or name != REWARDS[2])}
+    out = folder / "analysis"
+    out.mkdir(exist_ok=True)
+    drawn = draw(out, runs, frame, measured, tables)
+    atomic_write(out / "report.md", report(folder, runs, frame, measured, verdicts, tables, drawn))
+    atomic_write(out / "estimators.tex", latex(FINAL, final_rows(frame, runs)))
+    numbers = {
+        "verdicts": [{key: asdict(v)[key] for key in ("name", "claim", "verdict", "why")} for v in verdicts],
+        "runs": [{"label": r.label, "seed": r.seed} | {name: of(r) for name, of in measures(frame).items()} for r in runs],
+        "comparisons": {name: [asdict(row) for row in rows] for name, rows in tables.items()},
+        "common_kl": frame.kl,
+        "variance": measured,
+        "targets": {f"{share:g}": frame.target(share) for share in SHARES},
+        "missing": missing(folder),
+    }
+    atomic_write(out / "results.json", json.dumps(plain(numbers), indent=1) + "\n")
+    for line in missing(folder):
+        print(f"missing: {line}")
+    for v in verdicts:
+        print(f"{v.verdict.upper()}: {v.name}: {v.claim}\n    {v.why}")
+    print(f"{len(runs)} runs; report.md, estimators.tex, results.json and {len(drawn)} figures in {out}")
