@@ -344,7 +344,7 @@ def test_projected_gradients_have_nothing_along_the_axes(spec, estimator, pairs)
 
 
 def test_what_is_removed_can_train_the_bad_branch(pairs):
-    trainer = trainer_of(small(dual=True, warm=0.1), removed="route", **PROJECTED)
+    trainer = trainer_of(small("ds", dual=True, warm=0.1), removed="route", **PROJECTED)
     names = trainer.projector.refresh(1) and {name.replace(".good.", ".bad.") for name in trainer.projector.basis.rows}
     before = {name: p.clone() for name, p in branch_parameters(trainer.model)["bad"].items()}
     trainer.step()
