@@ -23,7 +23,7 @@ from tqdm import tqdm
 import runs
 import training
 from adapter_files import export_peft, save_adapter
-from adapters import LOW_RANK, AdapterFlags, adapter_tensors, attach, set_adapter_tensors, spec_of
+from adapters import LOW_RANK, AdapterFlags, adapter_tensors, attach, preset, set_adapter_tensors, spec_of
 from checkpoints import atomic_write, load_checkpoint, restore_rng, rng_state
 from data import check_tokenizer_fits, load_tokenizer
 from envs import Labelling
@@ -46,6 +46,7 @@ PRESET = {
     "num_epochs": 4, "num_minibatches": 1, "target_kl": 0.0, "epsilon": 0.2, "value_epsilon": 0.2, "value_coef": 0.5,
     "entropy_coef": 0.01, "gamma": 0.99, "gae_lambda": 0.95,  # PPO: a batch is one minibatch, as the others step on it
 }  # fmt: skip
+LORA = {"lora_alpha": 32.0, "lora_dropout": 0.05}  # of --lora_config where it is one
 STEP = ("reward", "loss", "kl", "grad_norm_mean", "tokens", "prompts")  # of every method
 OWN = ("grad_norm_std", "tau", "soft_reward")  # a single micro-batch has no deviation, and GRADE alone the others
 VALIDATION = ("val_reward", "val_reward_std", "val_kl", "best_val_reward")
@@ -82,8 +83,12 @@ class Flags(AdapterFlags):
     """detector recall: share of detected completions that are labelled"""
     false_positive_frac: float = 0.0
     """share of undetected completions that are labelled all the same"""
-    lora_config: str = "r16"
-    """the adapter, as train_grpo.py takes it; full: every weight"""
+    lora_config: str = "r8"
+    """the adapter, as train_grpo.py takes it (r8: one LoRA of rank 16, with --routing dual two of 8); full: every weight"""
+    lora_alpha: float | None = None
+    """a LoRA's output is scaled by alpha / rank; default: 32 with a LoRA"""
+    lora_dropout: float | None = None
+    """share of a LoRA's inputs dropped in the passes that make gradients, in no other; default: 0.05 with a LoRA"""
     bad_scale: float | None = None
     """deploy with the bad branch at this scale: adds the row `deployed`; needs two branches"""
     logging_steps: int = 10
@@ -107,7 +112,12 @@ class Flags(AdapterFlags):
 
 def parse(argv: list[str], algorithm: str, cli):
     """(algorithm's name, its module, args, config); arguments as training.parse takes them."""
-    return training.parse(argv, Flags, algorithm, cli, PRESET)
+    name, module, args, config = training.parse(argv, Flags, algorithm, cli, PRESET)
+    lora = preset(args.lora_config, dual=False).kind in LOW_RANK
+    for flag, usual in LORA.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, usual if lora else 0.0)
+    return name, module, args, config
 
 
 def labelling(args: Flags) -> Labelling:

@@ -158,12 +158,16 @@ def test_the_defaults_are_the_experiments(method):
     assert folder == Path("results") / method
     want = {"batch_size": 16, "micro_batch_size": 4, "max_steps": 2000, "lr": 1e-4, "max_grad_norm": 1.0, "seed": 42, "beta": 0.1,
             "max_new_tokens": 48, "min_new_tokens": 16, "top_p": 0.9, "prompt_tokens": 32, "validate_every": 100,
-            "validation_prompts": 100, "test_prompts": 500, "max_prompts": 10_000}  # fmt: skip
+            "validation_prompts": 100, "test_prompts": 500, "max_prompts": 10_000, "lora_config": "r8", "lora_alpha": 32,
+            "lora_dropout": 0.05}  # fmt: skip
     want |= {"ppo": {"gamma": 0.99, "gae_lambda": 0.95, "num_epochs": 4, "epsilon": 0.2, "value_coef": 0.5, "entropy_coef": 0.01},
              "reinforce": {"baseline": "ema", "baseline_momentum": 0.9}}.get(  # fmt: skip
                  method, {"tau_start": 2.0, "tau_end": 0.5, "tau_steps": 1000})  # fmt: skip
     assert {name: config[name] for name in want} == want
     assert script.resolve([*own, "--batch_size", "8"])[1]["batch_size"] == 8, "the command line wins"
+    assert script.resolve([*own, "--lora_dropout", "0"])[1]["lora_dropout"] == 0
+    full = script.resolve([*own, "--lora_config", "full"])[1]
+    assert full["lora_alpha"] == full["lora_dropout"] == 0, "what is no LoRA has neither"
 
 
 def test_ppo_goes_the_estimators_way_with_env_sentiment_alone(tmp_path):
