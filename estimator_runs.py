@@ -82,7 +82,7 @@ def missing(folder: str | Path) -> list[str]:
     entries = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else []
     reasons = {}
     for entry in entries:
-        why = ", ".join(filter(None, [entry["status"], entry.get("error")]))
+        why = ": ".join(filter(None, [entry["status"], entry.get("error")]))
         reasons[folder / entry["folder"]] = f"done, but it holds no {RESULT}" if why == "done" else why
     for path in sorted(folder.rglob("config.yaml")):
         if "method" in read_config(path.parent):  # a run of this experiment

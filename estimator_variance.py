@@ -168,9 +168,9 @@ def less_variance(policies: list[Policy]) -> tuple[str, str]:
     seeds = sorted({policy.seed for policy in seen})
     text = f"{len(seen)} policies of {len(seeds)} seeds"
     if kls := [policy.where["kl"] for policy in seen if "kl" in policy.where]:
-        text += f", KL {digits(min(kls))} to {digits(max(kls))}"
+        text += f", KL {digits(min(kls))} to {digits(max(kls))} nats a completion"
     if len(seen) < len(files):
-        text += f", not counted {len(files) - len(seen)} that name no seed's run"
+        text += f", and {len(files) - len(seen)} of no seed's run, not counted"
     if len(seeds) < MIN_SEEDS:
         each = [f"{policy.folder} {drawn}" for policy in files if (drawn := _over_draws(policy))]
         return UNDECIDED, "; ".join([f"{text}, and it takes {MIN_SEEDS} seeds; relative variance over draws alone", *each])
@@ -183,7 +183,7 @@ def less_variance(policies: list[Policy]) -> tuple[str, str]:
 
 
 def _spelt(pair: Pair) -> str:
-    lost = f" ({pair.unresolved} policies not resolved)" if pair.unresolved else ""
+    lost = f" ({pair.unresolved} not resolved)" if pair.unresolved else ""
     if len(pair.seeds) < MIN_SEEDS:
         return f"{pair.a} and {pair.b}: {len(pair.seeds)} seeds, and it takes {MIN_SEEDS}{lost}"
     ends = f"95% {digits(pair.low)} to {digits(pair.high)}, {len(pair.seeds)} seeds"
@@ -258,7 +258,7 @@ def variance_text(policies: list[Policy], drawn: list[str]) -> list[str]:
         return []
     lines = ["### Gradients of a policy that does not move (variance.py)", ""]
     if rows := seed_rows(policies):
-        lines += ["Over seeds' policies, all estimators at the same ones; several policies of a seed are averaged first. Means of "
+        lines += ["Over seeds' policies, all estimators at the same ones; of several policies a seed has their mean. Means of "
                   "variances are geometric, intervals t intervals over seeds.", "", markdown(SEED_HEADS, rows)]  # fmt: skip
     lines += ["![variance](variance.png)", ""] if "variance" in drawn else []
     return [*lines, "Policy by policy:", "", markdown(FILE_HEADS, file_rows(policies))]
