@@ -186,8 +186,8 @@ def _spelt(pair: Pair) -> str:
     lost = f" ({pair.unresolved} not resolved)" if pair.unresolved else ""
     if len(pair.seeds) < MIN_SEEDS:
         return f"{pair.a} and {pair.b}: {len(pair.seeds)} seeds, and it takes {MIN_SEEDS}{lost}"
-    ends = f"95% {digits(pair.low)} to {digits(pair.high)}, {len(pair.seeds)} seeds"
-    return f"{pair.a} over {pair.b} {digits(math.exp(pair.difference))}, log {digits(pair.difference)}, {ends}{lost}"
+    ends = f"95% {digits(pair.low)} to {digits(pair.high)}, {len(pair.seeds)} seeds{lost}"
+    return f"{pair.a} has {digits(math.exp(pair.difference))} times {pair.b}'s, log {digits(pair.difference)} ({ends})"
 
 
 def _over_draws(policy: Policy) -> str:

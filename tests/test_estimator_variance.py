@@ -97,7 +97,7 @@ def test_a_method_is_its_row_of_the_lowest_temperature(tmp_path):
 def test_the_first_hypothesis_of_known_variances(tmp_path, change, word):
     found, text = less_variance(measured_policies(plant_seeds(tmp_path, LOWER | change)))
     assert found == word, text
-    assert text.startswith("5 policies of 5 seeds, KL 1.5 to 1.5 nats a completion; grade 2 over ppo ")
+    assert text.startswith("5 policies of 5 seeds, KL 1.5 to 1.5 nats a completion; grade 2 has 0.1 times ppo's, log -2.3 (95% ")
     assert text.count("5 seeds") == 5
 
 
@@ -124,7 +124,7 @@ def test_what_is_not_resolved_is_left_out_and_counted(tmp_path):
     policies = measured_policies(tmp_path)
     word, text = less_variance(policies)
     assert [(p.seeds, p.unresolved) for p in pairs(policies)] == [((1, 2, 3), 1), ((2, 3), 2)]
-    assert word == UNDECIDED and "3 seeds (1 not resolved); grade 2 and reinforce: 2 seeds, and it takes 3" in text
+    assert word == UNDECIDED and "3 seeds (1 not resolved)); grade 2 and reinforce: 2 seeds, and it takes 3" in text
     rows = {line[0]: dict(zip(SEED_HEADS, line)) for line in seed_rows(policies)}
     assert rows["ppo"]["policies"] == "3 of 4 resolved" and rows["grade 2"]["policies"] == "4"
     assert rows["reinforce"]["relative variance"] == "9", "two seeds have a mean and no interval"
