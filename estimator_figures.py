@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from estimator_runs import TITLES, Run, first_reach, gap, spent, spread
+from estimator_variance import METHODS, Policy, by_seed, labels_of, row_figure
 from estimator_verdicts import Comparison, Frame, matched_reward
 from figures import GREY, PALETTE, band, legend, limits, over_seeds, panels
 from hypotheses import MIN_SEEDS
@@ -64,40 +65,65 @@ def validation(groups: dict[str, list[Run]]) -> Figure:
 
 
 def gradients(groups: dict[str, list[Run]]) -> Figure:
-    figure, axes = panels(3, 3, 3.9, 3.1)
+    """Norms of micro-batch gradients, and their spread of those methods that logged it."""
+    spreads = {label: found for label, group in groups.items() if (found := [x for x in map(spread, group) if math.isfinite(x)])}
+    figure, axes = panels(3 if spreads else 1, 3, 3.9, 3.1)
     _curves(axes[0], groups, "grad_norm_mean")
     axes[0].set(title="mean norm of micro-batch gradients", xlabel="step", yscale="log")
-    _curves(axes[1], groups, "grad_norm_std", "grad_norm_mean")
-    axes[1].set(title="their spread over their mean", xlabel="step")
-    dots(axes[2], {label: [spread(run) for run in group] for label, group in groups.items()}, colours_of(groups))
-    axes[2].set(title="the same, a run a dot")
-    legend(figure, colours_of(groups), groups)
+    if spreads:
+        _curves(axes[1], {label: groups[label] for label in spreads}, "grad_norm_std", "grad_norm_mean")
+        axes[1].set(title="their spread over their mean (no variance)", xlabel="step")
+        dots(axes[2], spreads, colours_of(groups))
+        axes[2].set(title="the same, a run a dot")
+    legend(figure, colours_of(groups), groups, columns=4 if spreads else 2)
     return figure
 
 
-def variance(measured: dict[str, dict]) -> Figure | None:
-    """What variance.py measured at a policy: relative variances (dashed: open above) and cosines, intervals over draws."""
-    measured = {where: found["rows"] for where, found in measured.items() if found["rows"]}
-    if not measured:
+def variance(policies: list[Policy]) -> Figure | None:
+    """What variance.py measured, a row an estimator. A small dot is a policy (hollow: of no seed's run, and in no mean), its thin
+    line the interval over draws (dashed: open above); below them the mean over seeds with its t interval, from three seeds on.
+    Means of variances are geometric."""
+    policies = [policy for policy in policies if policy.rows]
+    if not policies:
         return None
-    figure, axes = panels(2 * len(measured), 2, 4.8, 0.9 + 0.28 * max(map(len, measured.values())))
-    for place, (where, rows) in enumerate(measured.items()):
-        noise, cosine = axes[2 * place : 2 * place + 2]
-        for y, row in enumerate(rows.values()):
-            ends = (row["low"], min(row["high"], 10 * row["ratio"])), [row["cosine"] + s * row["cosine_half"] for s in (-1, 1)]
-            for axis, (low, high), middle in zip((noise, cosine), ends, (row["ratio"], row["cosine"])):
-                dashed = axis is noise and math.isinf(row["high"])  # no upper end
-                axis.plot([low, high], [y, y], color=PALETTE[0], linewidth=1.6, linestyle="--" if dashed else "-")
-                axis.plot(middle, y, "o", color=PALETTE[0], markersize=5)
-                if not math.isfinite(middle):
-                    axis.annotate("not resolved", (0.02, y), xycoords=axis.get_yaxis_transform(), va="center", color=GREY)
-        noise.set(title=f"relative variance ({where})", xscale="log")
-        cosine.set(title="cosine to the hard reward's gradient")
-        for axis in (noise, cosine):
-            axis.set_ylim(len(rows) - 0.5, -0.5)
-            axis.set_yticks(range(len(rows)), list(rows))
-            axis.grid(axis="y", visible=False)
+    labels = labels_of(policies)
+    figure, axes = panels(3, 3, 4.3, 0.9 + 0.42 * len(labels))
+    for y, label in enumerate(labels):
+        colour = colours_of([METHODS.get(label.split()[0], label)])[METHODS.get(label.split()[0], label)]
+        there = [policy for policy in policies if label in policy.rows]
+        for axis, key in zip(axes, ("ratio", "cosine", "seconds")):
+            for place, policy in enumerate(there):
+                _policy(axis, policy, policy.rows[label], key, y + 0.1 - 0.4 * (place + 1) / len(there), colour)
+            found = by_seed(there, row_figure(label, lambda row, key=key: math.log(row[key]) if key == "ratio" else row[key]))
+            if len(found) >= MIN_SEEDS:
+                mean, half = mean_interval(list(found.values()))
+                low, middle, high = (math.exp(x) if key == "ratio" else x for x in (mean - half, mean, mean + half))
+                axis.plot([low, high], [y + 0.28] * 2, color=colour, linewidth=2.2)
+                axis.plot(middle, y + 0.28, "o", color=colour, markersize=7, markeredgecolor="white", markeredgewidth=0.6)
+        if lost := sum(math.isnan(policy.rows[label]["ratio"]) for policy in there):
+            place = {"xycoords": axes[0].get_yaxis_transform(), "ha": "right", "va": "center"}
+            axes[0].annotate(f"{lost} not resolved", (0.99, y + 0.28), color=GREY, fontsize=8, **place)
+    for axis, title in zip(axes, ("relative variance", "cosine to the hard reward's gradient", "seconds a gradient")):
+        axis.set(title=title, ylim=(len(labels) - 0.5, -0.5))
+        axis.set_yticks(range(len(labels)), labels)
+        axis.grid(axis="y", visible=False)
+    axes[0].set_xscale("log")
+    axes[2].set_xlim(left=0)
+    kinds = {"a policy, 95% over its draws": (3.5, 0.9), "mean over seeds, 95%": (7, 2.2)}
+    handles = [Line2D([], [], color=GREY, marker="o", markersize=s, linewidth=w, label=text) for text, (s, w) in kinds.items()]
+    legend(figure, {}, {}, handles)
     return figure
+
+
+def _policy(axis, policy: Policy, row: dict, key: str, y: float, colour: str) -> None:
+    """One policy's figure, with its interval over draws where it has one."""
+    if not math.isfinite(row[key]):
+        return
+    axis.plot(row[key], y, "o", color=colour, markersize=3.5, alpha=0.7, fillstyle="none" if policy.seed is None else "full")
+    ends = {"ratio": (row["low"], min(row["high"], 10 * row["ratio"])), "seconds": (row["seconds"],) * 2,
+            "cosine": (row["cosine"] - row["cosine_half"], row["cosine"] + row["cosine_half"])}  # fmt: skip
+    style = "--" if key == "ratio" and math.isinf(row["high"]) else "-"
+    axis.plot(ends[key], [y, y], style, color=colour, linewidth=0.9, alpha=0.5)
 
 
 def efficiency(frame: Frame) -> Figure | None:

@@ -3,7 +3,7 @@
     python analyze.py --results_dir results
 
 What it reads and what a run amounts to: estimator_runs.py. Tests and hypotheses: estimator_verdicts.py. Pictures:
-estimator_figures.py. Definitions in words: docs/analyze.md.
+estimator_figures.py. What variance.py measured: estimator_variance.py. Definitions in words: docs/analyze.md.
 """
 
 import json
@@ -29,13 +29,13 @@ from estimator_runs import (
     gap,
     kl_range,
     load,
-    measured_variances,
     missing,
     roughness,
     spent,
     spread,
     tau_settings,
 )
+from estimator_variance import Policy, measured_policies, pairs, variance_text
 from estimator_verdicts import (
     MARGIN,
     SHARE,
@@ -51,7 +51,6 @@ from estimator_verdicts import (
 )
 from experiments import latex, markdown, plain, plus_minus
 from figures import STYLE
-from hypotheses import Verdict
 from stats import mean_interval
 
 REWARDS = ("test reward, last", "test reward, best", "validation reward at the common KL")  # compared for equivalence too
@@ -65,7 +64,6 @@ def measures(frame: Frame) -> dict[str, Callable[[Run], float]]:
         best: lambda run: run.test["best"]["reward"],
         matched: partial(matched_reward, frame),
         f"steps to {SHARE:.0%} of the best gain": partial(steps_to, frame),
-        "gradient spread": spread,
         "roughness": roughness,
         "gap, last": gap,
         "KL, last": lambda run: run.test["last"]["kl"],
@@ -109,28 +107,29 @@ def validation_rows(groups: dict[str, list[Run]]) -> list[list[str]]:
     return [[m, str(len(group)), *[mean_of([kind(run) for run in group]) for kind in kinds]] for m, group in groups.items()]
 
 
-def gradient_rows(groups: dict[str, list[Run]]) -> list[list[str]]:
+def has_spread(runs: list[Run]) -> bool:
+    return any(math.isfinite(spread(run)) for run in runs)
+
+
+def gradient_table(groups: dict[str, list[Run]]) -> str:
+    """Section 3's; the columns of the spread where some run logged it."""
+
     def mean(run: Run, key: str) -> float:
         column = run.steps[key][np.isfinite(run.steps[key])]
         return float(column.mean()) if len(column) else math.nan
 
-    kinds = (partial(mean, key="grad_norm_mean"), partial(mean, key="grad_norm_std"), spread)
-    rows = [[m, str(len(group)), *[mean_of([kind(run) for run in group]) for kind in kinds]] for m, group in groups.items()]
-    for row, group in zip(rows, groups.values()):
-        row += [mean_of([roughness(run) for run in group]), mean_of([drawdown(run) for run in group])]
-    return rows
+    kinds = {"norm": partial(mean, key="grad_norm_mean")}
+    if has_spread([run for group in groups.values() for run in group]):
+        kinds |= {"its std over micro-batches": partial(mean, key="grad_norm_std"), "spread": spread}
+    kinds |= {"roughness of the reward": roughness, "largest fall": drawdown}
+    rows = [[m, str(len(group)), *[mean_of([of(run) for run in group]) for of in kinds.values()]] for m, group in groups.items()]
+    return markdown(["method", "seeds", *kinds], rows)
 
 
-def variance_rows(measured: dict[str, dict]) -> list[list[str]]:
-    def digits(x: float) -> str:
-        return f"{x:.3g}" if math.isfinite(x) else "open" if math.isinf(x) else "not resolved"
-
-    return [
-        [where, table.replace("rows", "policy"), label, digits(row["ratio"]), f"{digits(row['low'])} to {digits(row['high'])}",
-         plus_minus((row["cosine"], row["cosine_half"])) if math.isfinite(row["cosine"]) else "not resolved",
-         digits(row["tokens"]), digits(row["seconds"])]
-        for where, found in measured.items() for table in ("rows", "toy") for label, row in found[table].items()
-    ]  # fmt: skip
+SPREAD = {
+    True: "The spread is of the norms of a step's micro-batch gradients: lengths without directions, so it is no variance.",
+    False: "No spread of micro-batch norms was logged (it takes two micro-batches a step; it would be no variance).",
+}
 
 
 def efficiency_rows(frame: Frame) -> list[list[str]]:
@@ -146,20 +145,19 @@ def efficiency_rows(frame: Frame) -> list[list[str]]:
 def final_rows(frame: Frame, runs: list[Run]) -> list[list[str]]:
     """The untrained model, then every method and every other setting."""
     by_seed = {round(float(np.mean([r.test["untrained"]["reward"] for r in runs if r.seed == run.seed])), 9) for run in runs}
-    rows = [["untrained", str(len(by_seed)), mean_of(sorted(by_seed)), *["–"] * 7]]  # seeds may all have judged it alike
+    rows = [["untrained", str(len(by_seed)), mean_of(sorted(by_seed)), *["–"] * 6]]  # seeds may all have judged it alike
     of = measures(frame)
     before = [of[REWARDS[0]], of[REWARDS[1]], of["KL, last"], of[REWARDS[2]], gap]
     for label in dict.fromkeys(run.label for run in runs):
         group = [run for run in runs if run.label == label]
         steps = reaching([first_reach(run, "val_reward", frame.target()) for run in group])
-        first, after = ([mean_of([kind(run) for run in group]) for kind in kinds] for kinds in (before, (spread, roughness)))
-        rows.append([label, str(len(group)), *first, steps, *after])
+        first = [mean_of([kind(run) for run in group]) for kind in before]
+        rows.append([label, str(len(group)), *first, steps, mean_of([roughness(run) for run in group])])
     return rows
 
 
 FINAL = [
-    "method", "seeds", "test, last", "test, best", "KL, last", "at common KL", "gap, last", f"steps to {SHARE:.0%}", "spread",
-    "roughness",
+    "method", "seeds", "test, last", "test, best", "KL, last", "at common KL", "gap, last", f"steps to {SHARE:.0%}", "roughness",
 ]  # fmt: skip
 
 
@@ -197,7 +195,7 @@ def matched_text(frame: Frame) -> str:
     return f"The common KL is {number(frame.kl)}. {spans}"
 
 
-def report(folder: Path, runs: list[Run], frame: Frame, measured: dict, verdicts: list[Verdict], tables, drawn: list[str]) -> str:
+def report(folder: Path, runs: list[Run], frame: Frame, policies: list[Policy], verdicts, tables, drawn: list[str]) -> str:
     """The text of report.md."""
     groups, others = frame.groups, [label for label in dict.fromkeys(run.label for run in runs) if label not in frame.groups]
 
@@ -220,12 +218,8 @@ def report(folder: Path, runs: list[Run], frame: Frame, measured: dict, verdicts
     lines += ["## 1. Learning curves", "", *picture("learning")]
     heads = ["method", "seeds", "validation, last", "highest", "gap, last", "gap, best"]
     lines += ["## 2. Validation and generalisation gap", "", markdown(heads, validation_rows(groups)), *picture("validation")]
-    heads = ["method", "seeds", "norm", "its std over micro-batches", "spread", "roughness of the reward", "largest fall"]
-    lines += ["## 3. Gradients and stability", "", markdown(heads, gradient_rows(groups)), *picture("gradients")]
-    if measured:
-        heads = ["folder", "where", "estimator", "relative variance", "95% over draws", "cosine", "tokens", "seconds"]
-        lines += ["Gradients of a policy that does not move (variance.py):", "", markdown(heads, variance_rows(measured))]
-        lines += picture("variance")
+    lines += ["## 3. Gradients and stability", "", gradient_table(groups), SPREAD[has_spread(runs)], "", *picture("gradients")]
+    lines += variance_text(policies, drawn)
     lines += ["## 4. Sample efficiency", ""]
     if math.isnan(frame.target()):
         lines += ["No method gained anything over the untrained model: there is no threshold to reach.", ""]
@@ -236,7 +230,7 @@ def report(folder: Path, runs: list[Run], frame: Frame, measured: dict, verdicts
     lines += ["## 6. Temperature ablation", ""]
     settings = tau_settings(runs)
     if settings:
-        heads = ["setting", "seeds", "test, last", "test, best", "KL, last", f"steps to {SHARE:.0%}", "spread"]
+        heads = ["setting", "seeds", "test, last", "test, best", "KL, last", f"steps to {SHARE:.0%}"]
         lines += [markdown(heads, tau_rows(frame, settings)), *picture("tau")]
     else:
         lines += ["None: all runs of a method have one schedule of τ.", ""]
@@ -253,17 +247,17 @@ def tau_rows(frame: Frame, settings: dict[str, list[Run]]) -> list[list[str]]:
     kinds = [of["test reward, last"], of["test reward, best"], of["KL, last"]]
     return [
         [label, str(len(group)), *[mean_of([kind(run) for run in group]) for kind in kinds],
-         reaching([first_reach(run, "val_reward", frame.target()) for run in group]), mean_of([spread(run) for run in group])]
+         reaching([first_reach(run, "val_reward", frame.target()) for run in group])]
         for label, group in settings.items()
     ]  # fmt: skip
 
 
-def draw(out: Path, runs: list[Run], frame: Frame, measured: dict, tables: dict[str, list[Comparison]]) -> list[str]:
+def draw(out: Path, runs: list[Run], frame: Frame, policies: list[Policy], tables: dict[str, list[Comparison]]) -> list[str]:
     """Every figure that the runs have data for, as PNG; their names."""
     with matplotlib.rc_context(STYLE):
         pictures = {
             "learning": figures.learning(frame.groups), "validation": figures.validation(frame.groups),
-            "gradients": figures.gradients(frame.groups), "variance": figures.variance(measured),
+            "gradients": figures.gradients(frame.groups), "variance": figures.variance(policies),
             "efficiency": figures.efficiency(frame), "final": figures.final(frame), "tau": figures.tau(tau_settings(runs)),
             "differences": figures.differences({name: rows for name, rows in tables.items() if name in REWARDS}),
         }  # fmt: skip
@@ -277,21 +271,24 @@ def main(folder: Path) -> None:
     """Writes the analysis of all runs below a folder to its analysis/. Raises ValueError for what estimator_runs.load refuses."""
     runs = load(folder)
     frame = common_frame(compared(runs))
-    measured = measured_variances(folder)
-    verdicts = judge(frame, measured)
-    tables = {name: compare(values(frame.groups, of), name in REWARDS) for name, of in measures(frame).items()}
-    tables = {name: rows for name, rows in tables.items() if rows and (frame.kl is not None or name != REWARDS[2])}
+    policies = measured_policies(folder)
+    verdicts = judge(frame, policies)
+    found = {name: values(frame.groups, of) for name, of in measures(frame).items()}
+    tables = {name: compare(of, name in REWARDS) for name, of in found.items() if any(of.values())}  # of what was logged
+    tables = {name: rows for name, rows in tables.items() if rows}
     out = folder / "analysis"
     out.mkdir(exist_ok=True)
-    drawn = draw(out, runs, frame, measured, tables)
-    atomic_write(out / "report.md", report(folder, runs, frame, measured, verdicts, tables, drawn))
+    drawn = draw(out, runs, frame, policies, tables)
+    atomic_write(out / "report.md", report(folder, runs, frame, policies, verdicts, tables, drawn))
     atomic_write(out / "estimators.tex", latex(FINAL, final_rows(frame, runs)))
+    figures_of_run = measures(frame) | {"gradient spread": spread}
     numbers = {
         "verdicts": [{key: asdict(v)[key] for key in ("name", "claim", "verdict", "why")} for v in verdicts],
-        "runs": [{"label": r.label, "seed": r.seed} | {name: of(r) for name, of in measures(frame).items()} for r in runs],
+        "runs": [{"label": r.label, "seed": r.seed} | {name: of(r) for name, of in figures_of_run.items()} for r in runs],
         "comparisons": {name: [asdict(row) for row in rows] for name, rows in tables.items()},
         "common_kl": frame.kl,
-        "variance": measured,
+        "variance": {policy.folder: asdict(policy) for policy in policies},
+        "variance_pairs": [asdict(pair) for pair in pairs(policies)],
         "targets": {f"{share:g}": frame.target(share) for share in SHARES},
         "missing": missing(folder),
     }

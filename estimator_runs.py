@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments import MANIFEST, label_of, read_manifest
+from runs import read_config, read_metrics
 
-RESULT, VARIANCE = "results.json", "variance.json"
+RESULT = "results.json"
 TITLES = {"grade": "GRADE", "grade_ste": "GRADE-STE", "ppo": "PPO", "reinforce": "REINFORCE"}  # in the order of every table
 STEP = ("step", "reward", "loss", "kl", "grad_norm_mean", "grad_norm_std", "tokens", "prompts")
 VALIDATION = ("step", "val_reward", "val_kl")
@@ -57,7 +58,9 @@ def load(folder: str | Path) -> list[Run]:
     """
     runs = [_read(path) for path in run_files(folder)]
     if not runs:
-        raise ValueError(f"{folder} holds no {RESULT} of a run: train_gumbel.py, train_reinforce.py and train_ppo.py write them")
+        lost = f"; without one: {'; '.join(there)}" if (there := missing(folder)) else ""
+        scripts = "train_gumbel.py, train_reinforce.py and train_ppo.py write them"
+        raise ValueError(f"{folder} holds no {RESULT} of a run: {scripts}{lost}")
     known = list(TITLES.values())
     runs.sort(key=lambda run: known.index(run.method) if run.method in known else len(known))
     mains = {run.method: _main_setting([other for other in runs if other.method == run.method]) for run in runs}
@@ -73,11 +76,24 @@ def load(folder: str | Path) -> list[Run]:
 
 
 def missing(folder: str | Path) -> list[str]:
-    """What a sweep planned and has no result of, with the reason; nothing where the folder is no sweep's."""
+    """Every run without a result, with the reason and the last step that it logged: those that a sweep planned (its manifest
+    says which), and run folders besides."""
     folder = Path(folder)
     entries = read_manifest(folder / MANIFEST) if (folder / MANIFEST).is_file() else []
-    lost = [entry for entry in entries if not (folder / entry["folder"] / RESULT).is_file()]
-    return [f"{entry['folder']}: {': '.join(filter(None, [entry['status'], entry.get('error')]))}" for entry in lost]
+    reasons = {}
+    for entry in entries:
+        why = ": ".join(filter(None, [entry["status"], entry.get("error")]))
+        reasons[folder / entry["folder"]] = f"done, but it holds no {RESULT}" if why == "done" else why
+    for path in sorted(folder.rglob("config.yaml")):
+        if "method" in read_config(path.parent):  # a run of this experiment
+            reasons.setdefault(path.parent, "running, or stopped")
+    lost = {place: why for place, why in reasons.items() if not (place / RESULT).is_file()}
+    return [f"{place.relative_to(folder)}: {why}{_progress(place)}" for place, why in lost.items()]
+
+
+def _progress(place: Path) -> str:
+    steps = [row["step"] for row in read_metrics(place)] if (place / "metrics.jsonl").is_file() else []
+    return f", step {steps[-1]} of {read_config(place).get('max_steps', '?')}" if steps else ""
 
 
 def compared(runs: list[Run]) -> dict[str, list[Run]]:
@@ -102,21 +118,6 @@ def tau_settings(runs: list[Run]) -> dict[str, list[Run]]:
     return {name: group for of in settings.values() if len(of) > 1 for name, group in of.items()}
 
 
-def measured_variances(folder: str | Path) -> dict[str, dict]:
-    """Where -> what variance.py wrote there: "rows" (and "toy"), label -> figures, NaN where not resolved, inf where open."""
-    found, folder = {}, Path(folder)
-    words = {"not resolved": math.nan, "open": math.inf}
-    for path in sorted(folder.rglob(VARIANCE)):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        tables = {key: data.get(key, {}) for key in ("rows", "toy")}
-        for row in [row for table in tables.values() for row in table.values()]:
-            if lacking := {"ratio", "low", "high", "cosine", "cosine_half", "tokens", "seconds"} - set(row):
-                raise ValueError(f"{path}: a row lacks {', '.join(sorted(lacking))}")
-            row |= {key: words.get(value, value) for key, value in row.items()}
-        found[str(path.parent.relative_to(folder))] = tables
-    return found
-
-
 def _read(path: Path) -> Run:
     def wrong(message: str) -> ValueError:
         return ValueError(f"{path}: {message}")
@@ -138,6 +139,8 @@ def _read(path: Path) -> Run:
             raise wrong(f"{key} must count from the start of the run and grow with every step")
     if len(set(np.diff(steps["step"][:-1]))) > 1:
         raise wrong("steps must be evenly spaced, but for the last")
+    if _one_micro_batch(data["config"]):
+        steps["grad_norm_std"] = np.full_like(steps["grad_norm_std"], math.nan)
     if not all(np.isfinite(validation[key]).all() for key in VALIDATION):
         raise wrong("a validation without a number for val_reward or val_kl")
     if validation["step"][0] > 0:
@@ -148,6 +151,13 @@ def _read(path: Path) -> Run:
     method = str(data["method"]).lower().replace("-", "_")
     title = TITLES.get(method, str(data["method"]))
     return Run(title, "", data["seed"], path.parent, data["config"], steps, validation, data["test"], float(data["wall_s"]))
+
+
+def _one_micro_batch(config: dict) -> bool:
+    """Whether a batch is one micro-batch: then the norms have no spread. REINFORCE logs 0, and PPO that of its epochs, between
+    which the policy moves."""
+    size, batch = config.get("micro_batch_size"), config.get("batch_size")
+    return size is not None and batch is not None and (size == 0 or size >= batch)
 
 
 def _columns(rows, needed: tuple[str, ...], name: str, wrong) -> dict[str, np.ndarray]:
@@ -213,11 +223,10 @@ def gap(run: Run, which: str = "last") -> float:
     return float(rewards[at]) - run.test[which]["reward"]
 
 
-def spread(run: Run, until: float = math.inf) -> float:
+def spread(run: Run) -> float:
     """How much the norms of a step's micro-batch gradients differ, over their size: mean grad_norm_std over mean grad_norm_mean
-    of the steps up to `until`. Free of the loss's scale; it sees lengths only, no directions. NaN where nothing is logged."""
-    early = run.steps["step"] <= until
-    std, mean = run.steps["grad_norm_std"][early], run.steps["grad_norm_mean"][early]
+    of a run's steps. Free of the loss's scale; it sees lengths only, no directions. NaN where nothing is logged."""
+    std, mean = run.steps["grad_norm_std"], run.steps["grad_norm_mean"]
     there = np.isfinite(std) & np.isfinite(mean)
     return float(std[there].mean() / mean[there].mean()) if mean[there].any() else math.nan
 

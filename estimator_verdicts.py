@@ -4,8 +4,9 @@
     rows = compare(values(frame.groups, final_reward), equivalence=True)
     for verdict in judge(frame): print(verdict.verdict, verdict.why)
 
-A seed is one observation, whatever it was averaged over; fewer than MIN_SEEDS of a method are no test. A hypothesis is judged
-over whole runs and at matched KL, and a verdict is what both say; where they differ, or one can't tell, it is undecided.
+A seed is one observation, whatever it was averaged over; fewer than MIN_SEEDS of a method are no test. H2, H3 and H5 are judged
+over whole runs and at matched KL, and a verdict is what both say; where they differ, or one can't tell, it is undecided. H1 is
+judged at the same policies (estimator_variance.py), where every estimator has the same KL.
 """
 
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from estimator_runs import TITLES, Run, common_kl, final_reward, first_reach, gap, reward_at_kl, roughness, spread
+from estimator_variance import Policy, by_method, less_variance
 from hypotheses import MIN_SEEDS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict, parse_bound
 from stats import holm, mean_interval, p_beyond, paired, tost, welch
 
@@ -127,8 +129,8 @@ def _compare(a: str, b: str, of_a: dict[int, float], of_b: dict[int, float], equ
 # -------------------------------------------------------------------------------------------------- hypotheses
 
 
-def judge(frame: Frame, measured: dict[str, dict] | None = None) -> list[Verdict]:
-    """The five hypotheses, in their order; `measured` is what variance.py found, by folder, if it was run."""
+def judge(frame: Frame, policies: list[Policy] = ()) -> list[Verdict]:
+    """The five hypotheses, in their order; `policies` are those at which variance.py was run."""
 
     def parts(what: str, whole: Callable, matched: Callable, judge_one: Callable = _lower) -> list[tuple[str, str, str]]:
         first = (f"{what}, whole runs", *judge_one(values(frame.groups, whole)))
@@ -139,18 +141,15 @@ def judge(frame: Frame, measured: dict[str, dict] | None = None) -> list[Verdict
     def early(measure: Callable) -> Callable[[Run], float]:
         return lambda run: measure(run, until=first_reach(run, "val_kl", frame.kl))
 
-    at_policies = {folder: found["rows"] for folder, found in (measured or {}).items() if found["rows"]}
-    variance = [(f"variance.py, {folder}", *_less_variance(rows)) for folder, rows in at_policies.items()]
     steps = parts("steps to the target", partial(steps_to, frame), partial(steps_to, frame, matched=True))
-    gaps = _ranked(values(frame.groups, spread), values(frame.groups, lambda run: abs(gap(run))))
     return [
         _verdict("H1 gradient variance", "GRADE's gradient varies less than PPO's and REINFORCE's.",
-                 parts("spread of the norms", spread, early(spread)) + variance),
+                 [("relative variance at the same policy", *less_variance(policies))]),
         _verdict("H2 sample efficiency", f"GRADE needs fewer steps to {SHARE:.0%} of the best gain.", steps, _reaching(frame)),
         _verdict("H3 final performance", f"All methods end at the same reward, within {MARGIN:.0%}.",
                  parts("test reward", lambda run: run.test["last"]["reward"], partial(matched_reward, frame), _alike)),
         _verdict("H4 generalisation", "The less a method's gradient varies, the smaller its gap between validation and test.",
-                 [("whole runs", *gaps)]),
+                 [_smaller_gap(frame, policies)]),
         _verdict("H5 stability", "GRADE's reward changes less from step to step than PPO's and REINFORCE's.",
                  parts("roughness", roughness, early(roughness))),
     ]  # fmt: skip
@@ -179,21 +178,6 @@ def _lower(found: Values) -> tuple[str, str]:
     return next((word for word in (NOT_SUPPORTED, UNDECIDED) if word in words), SUPPORTED), text
 
 
-def _less_variance(rows: dict[str, dict]) -> tuple[str, str]:
-    """Whether GRADE's relative variance, at every temperature that was measured, is below each rival's: the 95% intervals over
-    draws of the gradient at one policy must not meet."""
-    mine = {label: row for label, row in rows.items() if label.split()[0] == "grade"}
-    rivals = [rows.get(rival.lower(), {"low": math.nan, "high": math.nan}) for rival in RIVALS]
-    words = {
-        SUPPORTED if row["high"] < rival["low"] else NOT_SUPPORTED if row["low"] > rival["high"] else UNDECIDED
-        for row in mine.values()
-        for rival in rivals
-    }
-    ends = (mine | dict(zip(RIVALS, rivals))).items()
-    text = "relative variance " + ", ".join(f"{label} {number(row['low'])} to {number(row['high'])}" for label, row in ends)
-    return (words.pop() if len(words) == 1 else UNDECIDED), text
-
-
 def _alike(found: Values) -> tuple[str, str]:
     """Whether all methods are equivalent. Supported where every pair is, by TOST (all of them at once: no correction is needed);
     not supported where some pair differs by more than its margin, Holm-corrected for the pairs."""
@@ -216,20 +200,33 @@ def _alike(found: Values) -> tuple[str, str]:
     return (SUPPORTED if len(inside) == len(rows) and not absent else UNDECIDED), text
 
 
+def _smaller_gap(frame: Frame, policies: list[Policy]) -> tuple[str, str, str]:
+    """What H4 is judged by, the word and the numbers: the relative variances that variance.py measured, or, where they are of too
+    few seeds or methods, the spread of norms. One of them for all seeds, as they are two quantities."""
+    gaps = values(frame.groups, lambda run: abs(gap(run)))
+    figures = {"relative variance": by_method(policies), "spread of norms": values(frame.groups, spread)}
+    ranked = {name: _ranked(found, gaps) for name, found in figures.items()}
+    for name, (word, text) in ranked.items():
+        if word:
+            return f"{name} and absolute gap", word, text
+    return "no ranking", UNDECIDED, ", ".join(f"{name}: {text}" for name, (_, text) in ranked.items())
+
+
 def _ranked(x: Values, y: Values) -> tuple[str, str]:
-    """Whether methods that are low in x are low in y: Spearman's rank correlation over methods within each seed, averaged."""
+    """Whether methods that are low in x are low in y: Spearman's rank correlation over methods within each seed, averaged. The
+    word is empty where there are too few of either."""
     methods = [method for method in x if len(x[method]) and len(y.get(method, {}))]
     seeds = sorted(set.intersection(*[x[m].keys() & y[m].keys() for m in methods])) if methods else []
     if len(methods) < 3:
-        return UNDECIDED, f"{len(methods)} methods, and a ranking takes 3"
-    ranked = [spearmanr([x[m][s] for m in methods], [y[m][s] for m in methods]).statistic for s in seeds]
-    ranked = [float(rho) for rho in ranked if math.isfinite(rho)]  # where all methods are alike there is no rank
+        return "", f"{len(methods)} methods, and a ranking takes 3"
+    columns = [([x[m][s] for m in methods], [y[m][s] for m in methods]) for s in seeds]
+    columns = [pair for pair in columns if min(len(set(of)) for of in pair) > 1]  # where all methods are alike there is no rank
+    ranked = [float(spearmanr(*pair).statistic) for pair in columns]
     if len(ranked) < MIN_SEEDS:
-        return UNDECIDED, f"{len(ranked)} seeds that all methods have, and it takes {MIN_SEEDS}"
+        return "", f"{len(ranked)} seeds that all methods have, and it takes {MIN_SEEDS}"
     mean, half = mean_interval(ranked)
-    text = f"rank correlation of gradient spread and absolute gap over {len(methods)} methods {number(mean)}, "
-    text += f"95% {number(mean - half)} to {number(mean + half)} over {len(ranked)} of {len(seeds)} seeds"
-    return parse_bound("> 0").judge(mean - half, mean + half), text
+    text = f"rank correlation over {len(methods)} methods {number(mean)}, 95% {number(mean - half)} to {number(mean + half)} "
+    return parse_bound("> 0").judge(mean - half, mean + half), text + f"over {len(ranked)} of {len(seeds)} seeds"
 
 
 def _reaching(frame: Frame) -> str:

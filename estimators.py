@@ -370,6 +370,8 @@ def compare(root: Path) -> dict[str, dict]:
     """The finished runs beside each other, by folder: what each began with, came to and used."""
     found = {}
     for path in sorted(root.glob(f"*/{RESULTS}")):
+        if not (path.parent / "config.yaml").is_file():
+            continue  # no run: analyze.py calls its own numbers so too
         results = json.loads(path.read_text(encoding="utf-8"))
         last = results["steps"][-1]
         found[path.parent.name] = (

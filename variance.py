@@ -22,7 +22,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -143,6 +143,7 @@ class World:
     tokenizer: object
     flags: dict
     policy: str  # in words
+    where: dict = field(default_factory=dict)  # the run that the policy is of: run, method, seed, checkpoint; empty: of no run
 
 
 def open_world(args: Args) -> World:
@@ -156,7 +157,7 @@ def open_world(args: Args) -> World:
         chosen = Path(args.run) / f"checkpoint-{args.checkpoint}" if args.checkpoint else latest_checkpoint(args.run)
         if chosen is None:
             raise ValueError(f"{args.run} holds no checkpoint")
-        tensors = load_checkpoint(chosen)[1]
+        step, tensors, _ = load_checkpoint(chosen)
     else:
         words = [f"--{word}" for word in [f"model={args.model}", *shlex.split(args.flags)]]
         _, _, flags, config = estimators.parse(words, "rl_reinforce", partial(tyro.cli, use_underscores=True))
@@ -165,13 +166,13 @@ def open_world(args: Args) -> World:
     model, tokenizer, env = estimators.build(flags, config, root)
     if args.run:
         set_adapter_tensors(model, tensors, str(chosen))
-        policy = str(chosen)
+        policy, where = str(chosen), {"run": args.run, "method": run["method"], "seed": run["seed"], "checkpoint": step}
     else:
         perturb(model, args.perturb, args.seed)
-        policy = f"a fresh {flags.lora_config} on {flags.model}, moved by {args.perturb:g}"
+        policy, where = f"a fresh {flags.lora_config} on {flags.model}, moved by {args.perturb:g}", {}
     taken = {name: getattr(config, name) for name in TAKEN if hasattr(config, name)}
     taken |= {"batch_size": args.batch_size, "seed": args.seed} | ({} if args.beta is None else {"beta": args.beta})
-    return World(model, env, tokenizer, taken, policy)
+    return World(model, env, tokenizer, taken, policy, where)
 
 
 @dataclass
@@ -253,7 +254,8 @@ def figures_of(drawn: Drawn, reference: Moments) -> dict[str, float]:
 
 
 def measure(world: World, rows, args: Args) -> dict:
-    """{"rows": figures by label, "reference": figures}, against a large batch's gradient of the hard reward."""
+    """{"rows": figures by label, "reference": figures, "where": the policy's run, seed, checkpoint and KL in nats a completion},
+    against a large batch's gradient of the hard reward."""
     for _, name, tau in rows:
         make_trainer(world, name, tau, args.num_generations)  # what it refuses, it refuses before hours of drawing
     drawn = draw(world, "reinforce_loo", None, args.reference, REFERENCE_FROM, args)
@@ -262,7 +264,7 @@ def measure(world: World, rows, args: Args) -> dict:
     about |= noise(drawn.moments) | {"reward": drawn.reward, "kl": drawn.kl}
     measured = ((label, draw(world, name, tau, args.draws, 1 + args.warm, args)) for label, name, tau in rows)
     return {"rows": {label: figures_of(one, drawn.moments) for label, one in measured}, "reference": about,
-            "policy": world.policy, "flags": world.flags}  # fmt: skip
+            "policy": world.policy, "where": world.where | {"kl": drawn.kl}, "flags": world.flags}  # fmt: skip
 
 
 def measure_toy(rows, args: Args) -> dict:

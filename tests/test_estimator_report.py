@@ -13,6 +13,7 @@ import scipy.stats
 import tyro
 from conftest import ROOT
 from matplotlib.image import imread
+from test_estimator_variance import LOWER, plant_seeds
 
 import analyze
 import estimator_figures as figures
@@ -23,11 +24,12 @@ from estimator_runs import Run, common_kl, compared, first_reach, gap, load, rew
 from hypotheses import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
 LIKE = {"final": 0.8, "rate": 40.0, "kl": 3.0, "spread": 0.5, "rough": 0.04, "gap": 0.02}
-CONFIRMED = {  # all five hypotheses as their seed has them
+CONFIRMED = {  # with lower variances (LOWER) all five hypotheses as their seed has them
     "grade": {"rate": 15.0, "spread": 0.2, "rough": 0.01, "gap": 0.0}, "grade-ste": {"spread": 0.3, "gap": 0.008},
     "ppo": {"gap": 0.016}, "reinforce": {"spread": 0.7, "rough": 0.06, "gap": 0.024},
 }  # fmt: skip
 SEEDS = (42, 1, 2, 3, 4)
+ONE_MICRO_BATCH = {"batch_size": 16, "micro_batch_size": 16}
 TAU = {"tau_start": 2.0, "tau_end": 0.5, "tau_steps": 100}
 
 
@@ -123,7 +125,6 @@ def test_spread_is_free_of_the_loss_scale_and_leaves_out_what_is_not_logged():
     std, mean = np.array([1.0, 3.0, math.nan]), np.array([2.0, 6.0, 4.0])
     one = curve(step=[1, 2, 3], grad_norm_std=std, grad_norm_mean=mean)
     assert spread(one) == 0.5 == spread(curve(step=[1, 2, 3], grad_norm_std=9 * std, grad_norm_mean=9 * mean))
-    assert spread(curve(step=[1, 2, 3], grad_norm_std=[1, 9, 9], grad_norm_mean=[4, 9, 9]), until=1) == 0.25
     assert math.isnan(spread(curve(step=[1], grad_norm_std=[math.nan], grad_norm_mean=[1])))
 
 
@@ -160,10 +161,10 @@ def test_a_learning_curve_is_made_of_means_of_stretches():
 
 
 def test_planted_effects_are_found(tmp_path, capsys, pictures):
-    numbers, report = analyse(plant(tmp_path))
+    numbers, report = analyse(plant_seeds(plant(tmp_path)))
     assert words(numbers) == [SUPPORTED] * 5, numbers["verdicts"]
     out = tmp_path / "analysis"
-    drawn = ("learning", "validation", "gradients", "efficiency", "final", "differences")
+    drawn = ("learning", "validation", "gradients", "variance", "efficiency", "final", "differences")
     assert {p.name for p in out.iterdir()} == {"report.md", "estimators.tex", "results.json", *[f"{name}.png" for name in drawn]}
     for name in drawn:
         pixels = imread(out / f"{name}.png")[..., :3]
@@ -173,13 +174,13 @@ def test_planted_effects_are_found(tmp_path, capsys, pictures):
                 "7. Tests over seeds", "8. LaTeX")  # fmt: skip
     assert re.findall(r"^## (.+)$", report, re.M) == list(sections)
     tex = [line for line in (out / "estimators.tex").read_text().splitlines() if line.endswith(r"\\")]
-    assert len(tex) == 6 and all(line.count(" & ") == 9 for line in tex) and tex[1].startswith("untrained & 1 & 0.410 & --")
+    assert len(tex) == 6 and all(line.count(" & ") == 8 for line in tex) and tex[1].startswith("untrained & 1 & 0.410 & --")
     assert "None: all runs of a method have one schedule" in report and "SUPPORTED: H1" in capsys.readouterr().out
     assert numbers["targets"]["0.8"] == pytest.approx(0.4 + 0.8 * 0.4, abs=0.01)
 
 
 @pytest.mark.parametrize("change, at", [
-    ({"grade": {"spread": 0.9}}, 0), ({"grade": {"rate": 90.0}}, 1), ({"ppo": {"final": 0.6}}, 2), ({"grade": {"gap": 0.03}}, 3),
+    ({"grade": {"rate": 90.0}}, 1), ({"ppo": {"final": 0.6}}, 2), ({"grade": {"gap": 0.03}}, 3),
     ({"grade": {"rough": 0.1}}, 4),
 ])  # fmt: skip
 def test_the_opposite_effect_is_not_supported(tmp_path, change, at):
@@ -203,32 +204,32 @@ def test_what_holds_over_whole_runs_but_not_at_matched_kl_is_undecided(tmp_path)
     assert third["why"].count("GRADE") >= 2 and numbers["common_kl"] == pytest.approx(2.9, abs=0.3)
 
 
-def row(low: float, high: float) -> dict:
-    return {"ratio": low, "low": low, "high": high, "cosine": 0.5, "cosine_half": 0.1, "tokens": 700, "seconds": 0.5}
+def test_the_first_hypothesis_is_of_measured_variances_and_the_spread_has_no_say(tmp_path):
+    methods = CONFIRMED | {"grade": CONFIRMED["grade"] | {"spread": 0.9}}  # the norms' spread is the largest
+    numbers, report = analyse(plant_seeds(plant(tmp_path, methods)))
+    assert words(numbers)[0] == SUPPORTED and len(numbers["variance_pairs"]) == 4 and len(numbers["variance"]) == 5
+    table = report.split("(variance.py)")[1].split("## 4")[0]
+    assert table.count("| policy |") == 5 * len(LOWER) and re.search(r"\| grade 0\.5 +\| 5 +\| 5 +\| 3\.\d* \(", table)
+    higher, _ = analyse(plant_seeds(plant(tmp_path / "higher"), LOWER | {"grade 0.5": 20.0}))
+    assert words(higher)[0] == NOT_SUPPORTED
+    unmeasured, _ = analyse(plant(tmp_path / "unmeasured"))
+    assert words(unmeasured)[0] == UNDECIDED and "a spread of norms is no variance" in unmeasured["verdicts"][0]["why"]
 
 
-@pytest.mark.parametrize("rows, word", [
-    ({"grade 2": row(1, 2), "grade 0.5": row(2, 3), "ppo": row(4, 5), "reinforce": row(4, "open")}, SUPPORTED),
-    ({"grade 2": row(6, 7), "ppo": row(4, 5), "reinforce": row(1, 2)}, NOT_SUPPORTED),
-    ({"grade 2": row(1, 2), "grade 0.5": row(6, 7), "ppo": row(4, 5), "reinforce": row(4, 5)}, UNDECIDED),
-    ({"grade 2": row(1, 4.5), "ppo": row(4, 5), "reinforce": row(4, 5)}, UNDECIDED),
-    ({"grade 2": row(1, 2), "ppo": row(4, 5)}, UNDECIDED), ({"ppo": row(4, 5), "reinforce": row(4, 5)}, UNDECIDED),
-    ({"grade 2": row(1, 2), "ppo": row(4, 5), "reinforce": row("not resolved", "not resolved")}, UNDECIDED),
-])  # fmt: skip
-def test_measured_variances_have_a_say_in_the_first_verdict(tmp_path, rows, word):
-    (tmp_path / "variance").mkdir()
-    (tmp_path / "variance" / "variance.json").write_text(json.dumps({"rows": rows, "toy": {"ste 1": rows["ppo"]}, "args": {}}))
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "variance.json").write_text(json.dumps({"toy": {"grade 1": rows["ppo"]}}))  # of no policy: says nothing
-    numbers, report = analyse(plant(tmp_path, seeds=(1, 2, 3)))
-    why = numbers["verdicts"][0]["why"].split("variance.py, variance: ")[1]
-    assert f"({word})" in why and words(numbers)[0] == (SUPPORTED if word == SUPPORTED else UNDECIDED)  # the runs say supported
-    table = report.split("(variance.py):")[1].split("## 4")[0]
-    assert table.count("| policy |") == len(rows) and table.count("| toy    |") == 2 and "| 4 to 5 " in table
-    measured = estimator_runs.measured_variances(tmp_path)
-    axes = figures.variance(measured).axes
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == list(rows) and len(axes) == 2
-    assert len(axes[0].texts) == sum(math.isnan(found["ratio"]) for found in measured["variance"]["rows"].values())
+def test_the_gap_is_ranked_with_measured_variances_or_else_with_the_spread(tmp_path):
+    def fourth(root: Path) -> tuple[str, str]:
+        verdict = analyse(root)[0]["verdicts"][3]
+        return verdict["verdict"], verdict["why"]
+
+    methods = CONFIRMED | {"grade": CONFIRMED["grade"] | {"spread": 0.9}}  # least gap, largest spread, least variance
+    word, why = fourth(plant(tmp_path / "spread", methods))
+    assert word != SUPPORTED and why.startswith("spread of norms and absolute gap: rank correlation over 4 methods")
+    word, why = fourth(plant_seeds(plant(tmp_path / "variance", methods)))
+    assert word == SUPPORTED and why.startswith("relative variance and absolute gap: rank correlation over 4 methods 0.800")
+    word, why = fourth(plant_seeds(plant(tmp_path / "two", methods), seeds=(42, 1)))
+    assert word != SUPPORTED and why.startswith("spread of norms"), "of two seeds there is no ranking"
+    word, why = fourth(plant(tmp_path / "neither", methods, config=ONE_MICRO_BATCH))
+    assert word == UNDECIDED and "relative variance: 0 methods, and a ranking takes 3, spread of norms: 0 methods" in why
 
 
 def test_comparisons_equal_scipy(tmp_path):
@@ -263,9 +264,9 @@ def test_one_seed_each_gives_pictures_and_no_test(tmp_path, pictures):
 def test_missing_methods_are_named_and_nothing_is_claimed_of_them(tmp_path):
     methods = {name: how for name, how in CONFIRMED.items() if name != "ppo"}
     numbers, report = analyse(plant(tmp_path, methods | {"reinforce": CONFIRMED["reinforce"] | {"seeds": (1, 2)}}))
-    assert "No run of PPO." in report and words(numbers)[0] == UNDECIDED
+    assert "No run of PPO." in report and words(numbers)[1] == UNDECIDED
     assert "no test: 5 and 2 seeds, and it takes 3 of each" in report
-    assert "PPO: no test, 5 seeds of GRADE and 0 of PPO" in numbers["verdicts"][0]["why"]
+    assert "PPO: no test, 5 seeds of GRADE and 0 of PPO" in numbers["verdicts"][1]["why"]
     assert "fewer than 3 seeds of PPO, REINFORCE" in numbers["verdicts"][2]["why"] and words(numbers)[2] == UNDECIDED
 
 
@@ -278,7 +279,7 @@ def test_kl_ranges_that_share_nothing_are_said_to(tmp_path):
     methods = CONFIRMED | {"grade": CONFIRMED["grade"] | {"kl": 90.0}}
     numbers, report = analyse(plant(tmp_path, methods))
     assert numbers["common_kl"] is None and "**The KL ranges share nothing" in report
-    assert words(numbers)[0] == UNDECIDED and "(supported); matched KL: the methods' KL" in numbers["verdicts"][0]["why"]
+    assert words(numbers)[4] == UNDECIDED and "(supported); matched KL: the methods' KL" in numbers["verdicts"][4]["why"]
     assert "at the common KL" not in report and words(numbers)[3] == SUPPORTED  # a gap is of a run's end alone
 
 
@@ -319,6 +320,25 @@ def test_the_temperature_ablation_is_of_real_runs_and_the_main_setting_has_the_m
     assert re.search(r"\| GRADE, τ 2 to 0.1 in 100 +\| 1 ", report.split("## 6")[1])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("at_all", [False, True])
+def test_runs_without_a_spread_of_norms_have_no_empty_picture_and_no_gap_in_a_table(tmp_path, pictures, at_all):
+    """GRADE leaves it out, REINFORCE logs 0 and PPO that of its epochs, where a step is one micro-batch."""
+    for method in CONFIRMED:
+        more = {} if at_all and method == "ppo" else {"config": ONE_MICRO_BATCH}
+        plant(tmp_path, {method: CONFIRMED[method] | more}, seeds=(1, 2, 3))
+    for path in tmp_path.glob("grade*/results.json"):
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps(data | {"steps": [row | {"grad_norm_std": None} for row in data["steps"]]}))
+    numbers, report = analyse(tmp_path)
+    section, axes = report.split("## 3")[1].split("## 4")[0], figures.gradients(compared(load(tmp_path))).axes
+    assert all(axis.lines or axis.collections for axis in axes) and len(axes) == (3 if at_all else 1)
+    assert ("| spread" in section) == at_all == ("so it is no variance" in section) and "nan" not in report
+    assert ("No spread of micro-batch norms was logged" in section) != at_all and "spread" not in report.split("## 4")[1]
+    has = {run["label"] for run in numbers["runs"] if run["gradient spread"] is not None}
+    assert has == ({"PPO"} if at_all else set())
+
+
 def test_a_sweeps_failures_and_unequal_budgets_are_named(tmp_path):
     plant(tmp_path, CONFIRMED, steps=100)
     plant_run(tmp_path / "ppo_s42", "ppo", 42, steps=200)
@@ -328,6 +348,33 @@ def test_a_sweeps_failures_and_unequal_budgets_are_named(tmp_path):
     assert numbers["missing"] == ["ppo_s9: failed: CUDA"] and "- ppo_s9: failed: CUDA" in report
     assert "**The budgets are not equal: prompts and tokens" in report
     assert max(run["steps to 80% of the best gain"] for run in numbers["runs"]) <= 100
+
+
+def test_runs_without_a_result_are_named_with_the_step_that_they_are_at(tmp_path):
+    def plant_unfinished(name: str, step: int) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("method: ppo\nmax_steps: 2000\n")
+        lines = [json.dumps({"step": at, "reward": 0.5}) for at in range(1, step + 1)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 99']))
+
+    plant(tmp_path, seeds=(1,))
+    for name, step in (("ppo_s2", 30), ("by_hand", 7)):
+        plant_unfinished(name, step)
+    (tmp_path / "ppo_s5").mkdir()
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.yaml").write_text("kind: sentiment\n")  # train_reward.py's, no run of the experiment
+    entry = {"arm": "ppo", "swept": {}, "flags": {}, "error": ""}
+    states = {"ppo_s1": "done", "ppo_s2": "running", "ppo_s3": "waiting", "ppo_s5": "done"}
+    manifest = [entry | {"folder": name, "status": status} for name, status in states.items()]
+    (tmp_path / "runs.json").write_text(json.dumps(manifest))
+    expected = ["ppo_s2: running, step 30 of 2000", "ppo_s3: waiting", "ppo_s5: done, but it holds no results.json",
+                "by_hand: running, or stopped, step 7 of 2000"]  # fmt: skip
+    numbers, report = analyse(tmp_path)
+    assert numbers["missing"] == expected and all(f"- {line}" in report for line in expected)
+    for path in tmp_path.glob("*/results.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds no results.json of a run: .*ppo_s2: running, step 30 of 2000; ppo_s3: waiting"):
+        analyse(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- reading

@@ -93,9 +93,12 @@ def test_methods_are_compared_on_one_judge_and_the_same_prompts(root, reviews):
     with pytest.raises(ValueError, match="trained with max_steps 5, now 6: choose another --results_dir"):
         train_reinforce.main([*SMALL, "--dataset", reviews, "--output_dir", str(root / "x"), "--reward_steps", "6"])
     assert (root / FILE).read_bytes() == before and not (root / "x").exists()
+    (root / "analysis").mkdir()
+    (root / "analysis" / "results.json").write_text('{"verdicts": []}')  # analyze.py's, of a sweep that is still running
     flags = [*SMALL, "--dataset", reviews, "--output_dir", str(root / "again"), "--reward_model", str(root)]
     at = flags.index("--reward_steps")
     assert train_reinforce.main(flags[:at] + flags[at + 2 :]) == 0
+    assert set(json.loads((root / "comparison.json").read_text())) == {*SCRIPTS, "again"}
     once, again = (json.loads((root / name / "results.json").read_text())["test"] for name in ("reinforce", "again"))
     assert once == again
 

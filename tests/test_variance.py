@@ -129,6 +129,8 @@ def test_a_runs_policy_and_a_fresh_one_are_measured_from_the_command_line(judged
     assert variance.main(Args(run=str(run), checkpoint=1, taus="1", device="cpu", output_dir=str(tmp_path), **small)) == 0
     found = json.loads((tmp_path / "variance.json").read_text())
     assert list(found["rows"]) == ["grade 1", "ste 1", "reinforce", "reinforce_loo", "ppo"] and "toy" not in found
+    assert found["where"] == {"run": str(run), "method": "reinforce", "seed": 42, "checkpoint": 1, "kl": found["reference"]["kl"]}
+    assert set(fresh.where) == set() and trained.where == {key: x for key, x in found["where"].items() if key != "kl"}
     assert found["policy"].endswith("checkpoint-1") and all(row["tokens"] <= 16 for row in found["rows"].values())
     assert (tmp_path / "variance.png").is_file() and (tmp_path / "report.md").read_text() in capsys.readouterr().out
     with pytest.raises(ValueError, match="checkpoint-7"):
