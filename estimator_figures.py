@@ -100,9 +100,10 @@ def variance(policies: list[Policy]) -> Figure | None:
                 low, middle, high = (math.exp(x) if key == "ratio" else x for x in (mean - half, mean, mean + half))
                 axis.plot([low, high], [y + 0.28] * 2, color=colour, linewidth=2.2)
                 axis.plot(middle, y + 0.28, "o", color=colour, markersize=7, markeredgecolor="white", markeredgewidth=0.6)
-        if lost := sum(math.isnan(policy.rows[label]["ratio"]) for policy in there):
-            place = {"xycoords": axes[0].get_yaxis_transform(), "ha": "right", "va": "center"}
-            axes[0].annotate(f"{lost} not resolved", (0.99, y + 0.28), color=GREY, fontsize=8, **place)
+        for axis, key in zip(axes, ("ratio", "cosine")):
+            if lost := sum(math.isnan(policy.rows[label][key]) for policy in there):
+                place = {"xycoords": axis.get_yaxis_transform(), "ha": "right", "va": "center"}
+                axis.annotate(f"{lost} not resolved", (0.99, y + 0.28), color=GREY, fontsize=8, **place)
     for axis, title in zip(axes, ("relative variance", "cosine to the hard reward's gradient", "seconds a gradient")):
         axis.set(title=title, ylim=(len(labels) - 0.5, -0.5))
         axis.set_yticks(range(len(labels)), labels)

@@ -177,7 +177,7 @@ def less_variance(policies: list[Policy]) -> tuple[str, str]:
     found = pairs(policies)
     if not found:
         return UNDECIDED, f"{text}, and GRADE was not measured"
-    words = [parse_bound("< 0").judge(p.low, p.high) if len(p.seeds) >= MIN_SEEDS else UNDECIDED for p in found]
+    words = [parse_bound("< 0").judge(p.low, p.high) for p in found]  # undecided where the ends are NaN
     word = next((word for word in (NOT_SUPPORTED, UNDECIDED) if word in words), SUPPORTED)
     return word, "; ".join([text, *map(_spelt, found)])
 
