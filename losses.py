@@ -100,8 +100,7 @@ class TokenLaw(torch.autograd.Function):
         figures = [picked, entropy]
         slopes = [(-p).scatter_add_(1, targets[:, None], torch.ones_like(picked)), -p * (log_p + entropy)]
         if ref_hidden is not None:
-            log_q = log_law(ref_hidden, ref_weight, temperature, support)
-            gap = log_p - (log_q if support is None else log_q.masked_fill_(~support, 0))
+            gap = log_p - log_law(ref_hidden, ref_weight, temperature, None)  # outside the support p is 0, and the gap finite
             kl = (p * gap).sum(-1, keepdim=True)
             figures, slopes = [*figures, kl], [*slopes, p * (gap - kl)]
         return torch.stack(figures).squeeze(-1), torch.stack(slopes)
@@ -141,8 +140,9 @@ def log_law(hidden, weight, temperature, support):
 def token_law(hidden, weight, targets, temperature: float = 1.0, support=None, ref=None, chunk: int | None = None):
     """(log-probabilities of the targets, entropies, KL to a reference) of the laws that scored tokens, (n,) fp32 each.
 
-    Arguments as `token_logprobs`; ref: (hidden states (n, C), output embedding (V, C)) of the reference, whose law is taken on
-    the same support; None: no KL is returned. All are differentiable in hidden and weight. Sums are exact, over all V tokens.
+    Arguments as `token_logprobs`; ref: (hidden states (n, C), output embedding (V, C)) of the reference, whose law is taken whole:
+    on the policy's support, a policy that is certain would be at KL 0 from any reference. None: no KL is returned. All are
+    differentiable in hidden and weight. Sums are exact, over all V tokens.
     """
     chunk = chunk or max(16, (2**26 if hidden.is_cuda else 2**20) // weight.shape[0])
     ref_hidden, ref_weight = ref or (None, None)

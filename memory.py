@@ -195,7 +195,7 @@ def take_steps(shape: ModelConfig, args: Args, config, device: str, mark, peak) 
     for _ in range(2):
         rollout = roll_out(args.eval_prompts, 1)
         with reference(model) as base:
-            score_tokens(base, rollout, config.law(), EVALUATED)
+            score_tokens(base, rollout, config.temperature, EVALUATED)
         peaks["evaluation"] = peak()
         rollout = roll_out(config.batch_size // config.num_generations, config.num_generations)
         peaks["rollout"] = peak()

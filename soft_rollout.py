@@ -227,12 +227,12 @@ def soft_rollout(
 
 
 def reference_law(base: Decoder, rollout: SoftRollout, law: Law) -> torch.Tensor:
-    """`SoftRollout.log_law` of another policy on the same soft prefixes and the same support, by one forward pass. Differentiable
-    in them: what a mixture does to the reference's law is part of a loss that reads it."""
+    """log p (N, T, V) of another policy on the same soft prefixes, its law whole (see losses.token_law), by one forward pass.
+    Differentiable in them: what a mixture does to the reference's law is part of a loss that reads it."""
     width = rollout.prompt_ids.shape[1]
     embeds = torch.cat([base.embed_tokens(rollout.prompt_ids), soft_embeds(base, rollout.soft[:, :-1])], 1)
     mask = None
     if not bool(rollout.prompt_mask.all()):
         mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], 1)[:, :-1]
     states = base.hidden(embeds=embeds, attention_mask=mask)[:, width - 1 :]
-    return log_law(linear(states, base.head_weight), law, rollout.log_law > float("-inf") if law.truncated else None)
+    return log_law(linear(states, base.head_weight), law)

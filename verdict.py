@@ -67,8 +67,8 @@ def diversity(texts: list[str], pairs: int = 4000) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score_tokens(model, rollout, law: Law, rows: int = 32) -> torch.Tensor:
-    """Log-probabilities (N, T) of a rollout's tokens under the model as its scales are; 0 behind the end."""
+def score_tokens(model, rollout, temperature: float, rows: int = 32) -> torch.Tensor:
+    """Log-probabilities (N, T) of a rollout's tokens under the model as its scales are, its law whole; 0 behind the end."""
     out = torch.zeros_like(rollout.logprobs)
     length = rollout.prompt_ids.shape[1]
     for i in range(0, len(out), rows):
@@ -78,8 +78,7 @@ def score_tokens(model, rollout, law: Law, rows: int = 32) -> torch.Tensor:
         padded = mask if not bool(rollout.prompt_mask[part].all()) else None
         hidden = model.hidden(ids[:, :-1], None if padded is None else mask[:, :-1])[:, length - 1 :]  # t-1 scores t
         valid = rollout.mask[part]
-        support = None if rollout.support is None else rollout.support[part][valid]
-        out[part][valid] = token_logprobs(hidden[valid], model.head_weight, rollout.tokens[part][valid], law.temperature, support)
+        out[part][valid] = token_logprobs(hidden[valid], model.head_weight, rollout.tokens[part][valid], temperature)
     return out
 
 
@@ -98,7 +97,8 @@ def evaluate(
     """One mode on the first n test prompts (or of `prompts`), one completion each.
 
     Returns task, hack, reward (means), every component as component/<label>, unique, unique_first, jaccard, degenerate,
-    length (tokens), kl (sum over a completion's tokens of log pi - log ref, mean over completions: nats a completion), base_nll
+    length (tokens), kl (sum over a completion's tokens of log pi - log ref, mean over completions: nats a completion; pi is what
+    is sampled, ref the reference's whole law, so that under top-p the untrained model is not at 0), base_nll
     (mean loss a token under the untrained model, nats), sample, and the mean loss a token of the environment's held-out texts as
     loss/<name>. `rewards` are further RewardSpecs whose mean reward is reported as eval/<name>, and their components as
     eval_component/<name>/<label>.
@@ -114,7 +114,7 @@ def evaluate(
         rollout = chosen(ids, mask, 1, max_new_tokens, tokenizer.stop_ids, tokenizer.pad_id, generator, law)
         held_out = {f"loss/{name}": text_loss(policy, texts, tokenizer.pad_id) for name, texts in env.held_out.items()}
     with reference(model) as base:
-        base_logprobs = score_tokens(base, rollout, law)
+        base_logprobs = score_tokens(base, rollout, law.temperature)
     texts = tokenizer.decode_completions(
         [tokenizer.encode_prompt(p) for p in prompts], [t[m].tolist() for t, m in zip(rollout.tokens.cpu(), rollout.mask.cpu())]
     )
@@ -123,7 +123,7 @@ def evaluate(
     row = {
         "task": scores.task.mean().item(), "hack": scores.hack.float().mean().item(), "reward": scores.reward.mean().item(),
         **diversity(texts), "length": lengths.float().mean().item(),
-        "kl": (rollout.logprobs - base_logprobs).sum(1).mean().item() if scales is not None else 0.0,
+        "kl": (rollout.logprobs - base_logprobs).sum(1).mean().item() if scales is not None or law.truncated else 0.0,
         "base_nll": (-base_logprobs.sum() / lengths.sum()).item(),
         **held_out,
     }  # fmt: skip

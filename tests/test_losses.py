@@ -214,9 +214,9 @@ def test_token_law_and_its_gradients_are_those_of_plain_autograd(temperature, tr
     if truncated:
         support = torch.rand(8, 11, generator=g) < 0.5
         support[torch.arange(8), targets] = True
-        support[0] = torch.arange(11) == targets[0]  # one token left: entropy and KL are 0
+        support[0] = torch.arange(11) == targets[0]  # one token left: its entropy is 0, its KL is not
 
-    def law(h, w):
+    def law(h, w, support=support):
         logits = h @ w.T / temperature
         return (logits if support is None else logits.masked_fill(~support, -1e30)).log_softmax(-1)
 
@@ -229,14 +229,23 @@ def test_token_law_and_its_gradients_are_those_of_plain_autograd(temperature, tr
             again = torch.stack(token_law(h, w, targets, temperature, support, chunk=chunk))
             assert torch.equal(again, figures[:2]), "the reference changes nothing else"
         else:
-            log_p, log_q = law(h, w), law(ref_hidden, ref_weight)
+            log_p, log_q = law(h, w), law(ref_hidden, ref_weight, None)  # the reference's whole
             figures = torch.stack([log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1),
                                    (log_p.exp() * (log_p - log_q)).sum(-1)])  # fmt: skip
         (figures * mix).sum().backward()
         found.append((figures.detach(), h.grad, w.grad))
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
-    assert found[0][0][2].min() >= -1e-12 and (not truncated or found[0][0][1:, 0].abs().max() < 1e-12)
+    assert found[0][0][2].min() >= -1e-12 and (not truncated or found[0][0][1, 0].abs() < 1e-12)
+
+
+def test_certainty_is_not_free():
+    """A policy that has but one token left is as far from a reference as that finds it unlikely, not at KL 0."""
+    weight, ref_weight = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    hidden, ref_hidden = torch.tensor([[9.0, 0, 0]]).double(), torch.tensor([[-2.0, 0, 0]]).double()
+    support = torch.tensor([[True, False, False]])
+    _, _, kl = token_law(hidden, weight, torch.tensor([0]), 1.0, support, (ref_hidden, ref_weight))
+    assert kl.item() == pytest.approx(math.log(2 + math.exp(-2)) + 2)
 
 
 def test_token_law_of_the_reference_itself_has_kl_zero_to_the_bit_and_a_frozen_weight_gets_no_gradient():

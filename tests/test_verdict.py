@@ -8,7 +8,7 @@ import verdict
 from data import left_pad, load_tokenizer
 from envs import Stories
 from reward_specs import get_reward
-from sampling import Law, Sampler
+from sampling import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_token_scores_equal_the_full_softmax(world):
     ids, mask = left_pad([tokenizer.encode_prompt(p) for p in env.prompts("test")[:6]], tokenizer.pad_id)
     sampler.refresh()
     rollout = sampler(ids, mask, 1, 20, tokenizer.stop_ids, tokenizer.pad_id, torch.Generator().manual_seed(0))
-    scores = verdict.score_tokens(model, rollout, Law(), rows=4)
+    scores = verdict.score_tokens(model, rollout, 1.0, rows=4)
     for row in range(6):
         prompt, tokens = rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.tokens[row][rollout.mask[row]]
         with torch.no_grad():
