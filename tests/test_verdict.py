@@ -8,7 +8,7 @@ import verdict
 from data import left_pad, load_tokenizer
 from envs import Stories
 from reward_specs import get_reward
-from sampling import Sampler
+from sampling import Law, Sampler
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,16 @@ def test_untrained_row_is_the_base_model(world):
     fresh = verdict.evaluate(Sampler(plain), {"adapter": 1.0}, env, tokenizer, 16, 24)
     assert row["texts"] == fresh["texts"] and row["base_nll"] == pytest.approx(fresh["base_nll"], rel=1e-6)
     assert row["kl"] == 0 and abs(fresh["kl"]) < 1e-3
+
+
+def test_a_minimum_length_costs_no_kl_and_top_p_what_it_cuts_off(world):
+    """It forbids policy and reference the same; a nucleus that the reference shared would make a policy that is certain free."""
+    model, tokenizer, env, sampler = world
+    row = verdict.evaluate(sampler, None, env, tokenizer, 32, 200, Law(min_new_tokens=200))
+    cut = verdict.evaluate(sampler, None, env, tokenizer, 32, 24, Law(top_p=0.5, min_new_tokens=24))
+    assert row["length"] == 200 and row["kl"] == 0 and 0.05 * 24 < cut["kl"] < 0.7 * 24  # -log .5 a token at most
+    long = verdict.evaluate(sampler, {"good": 0.0, "bad": 0.0}, env, tokenizer, 32, 200, Law(min_new_tokens=200))
+    assert abs(long["kl"]) < 1e-2, "measured, not assumed"
 
 
 def test_evaluation_repeats_restores_scales_and_leaves_the_global_generator_alone(world):
