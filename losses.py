@@ -90,7 +90,7 @@ class TokenLaw(torch.autograd.Function):
     """
 
     @staticmethod
-    def figures(hidden, weight, targets, temperature, support, ref_hidden, ref_weight):
+    def figures(hidden, weight, targets, temperature, support, ref_hidden, ref_weight, ref_support):
         """k figures (k, n) and their derivatives (k, n, V)."""
         log_p = log_law(hidden, weight, temperature, support)
         p, picked = log_p.exp(), log_p.gather(1, targets[:, None])
@@ -100,31 +100,32 @@ class TokenLaw(torch.autograd.Function):
         figures = [picked, entropy]
         slopes = [(-p).scatter_add_(1, targets[:, None], torch.ones_like(picked)), -p * (log_p + entropy)]
         if ref_hidden is not None:
-            gap = log_p - log_law(ref_hidden, ref_weight, temperature, None)  # outside the support p is 0, and the gap finite
+            log_q = log_law(ref_hidden, ref_weight, temperature, ref_support)
+            gap = log_p - (log_q if ref_support is None else log_q.masked_fill_(~ref_support, 0))  # where p is 0 it is finite
             kl = (p * gap).sum(-1, keepdim=True)
             figures, slopes = [*figures, kl], [*slopes, p * (gap - kl)]
         return torch.stack(figures).squeeze(-1), torch.stack(slopes)
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, support, ref_hidden, ref_weight):
-        figures, slopes = TokenLaw.figures(hidden, weight, targets, temperature, support, ref_hidden, ref_weight)
+    def forward(ctx, hidden, weight, targets, temperature, support, *ref):
+        figures, slopes = TokenLaw.figures(hidden, weight, targets, temperature, support, *ref)
         jacobian = None
         if ctx.needs_input_grad[0]:
             jacobian = product(slopes.flatten(0, 1).to(weight.dtype), weight.t()).unflatten(0, slopes.shape[:2])  # (k, n, C)
-        again = (hidden, weight, targets, support, ref_hidden, ref_weight) if ctx.needs_input_grad[1] else (None,) * 6
+        again = (hidden, weight, targets, support, *ref) if ctx.needs_input_grad[1] else (None,) * 7
         ctx.save_for_backward(jacobian, *again)
         ctx.temperature = temperature
         return figures
 
     @staticmethod
     def backward(ctx, grad):  # (k, n)
-        jacobian, hidden, weight, targets, support, ref_hidden, ref_weight = ctx.saved_tensors
+        jacobian, hidden, weight, targets, support, *ref = ctx.saved_tensors
         grad, grad_weight = grad / ctx.temperature, None
         grad_hidden = None if jacobian is None else (jacobian * grad[..., None].to(jacobian.dtype)).sum(0)
         if ctx.needs_input_grad[1]:
-            _, slopes = TokenLaw.figures(hidden, weight, targets, ctx.temperature, support, ref_hidden, ref_weight)
+            _, slopes = TokenLaw.figures(hidden, weight, targets, ctx.temperature, support, *ref)
             grad_weight = (slopes * grad[..., None]).sum(0).to(hidden.dtype).t() @ hidden
-        return grad_hidden, grad_weight, *[None] * 5
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def log_law(hidden, weight, temperature, support):
@@ -140,17 +141,19 @@ def log_law(hidden, weight, temperature, support):
 def token_law(hidden, weight, targets, temperature: float = 1.0, support=None, ref=None, chunk: int | None = None):
     """(log-probabilities of the targets, entropies, KL to a reference) of the laws that scored tokens, (n,) fp32 each.
 
-    Arguments as `token_logprobs`; ref: (hidden states (n, C), output embedding (V, C)) of the reference, whose law is taken
-    whole: on the policy's support, a policy that is certain would be at KL 0 from any reference. None: no KL is returned. All
-    are differentiable in hidden and weight. Sums are exact, over all V tokens.
+    Arguments as `token_logprobs`; ref: (hidden states (n, C), output embedding (V, C), support (n, V) bool or None) of the
+    reference. Its support is what any policy may write (minimum length), never the policy's own: on that, one that is certain
+    would be at KL 0 from any reference. It has to hold the policy's. None: no KL is returned. All are differentiable in hidden
+    and weight. Sums are exact, over all V tokens.
     """
     chunk = chunk or max(16, (2**26 if hidden.is_cuda else 2**20) // weight.shape[0])
-    ref_hidden, ref_weight = ref or (None, None)
-    support, ref_hidden = (None if x is None else x.split(chunk) for x in (support, ref_hidden))
+    ref_hidden, ref_weight, ref_support = ref or (None, None, None)
+    support, ref_hidden, ref_support = (None if x is None else x.split(chunk) for x in (support, ref_hidden, ref_support))
     parts = [
-        TokenLaw.apply(h, weight, y, temperature, support and support[i], ref_hidden and ref_hidden[i], ref_weight)
+        TokenLaw.apply(h, weight, y, temperature, support and support[i], ref_hidden and ref_hidden[i], ref_weight,
+                       ref_support and ref_support[i])
         for i, (h, y) in enumerate(zip(hidden.split(chunk), targets.split(chunk)))
-    ]
+    ]  # fmt: skip
     return torch.cat(parts, 1).unbind()
 
 

@@ -247,7 +247,7 @@ def micro_batches(rollout: Rollout, size: int, shape) -> list[torch.Tensor]:
 
 def score_rows(model, rollout: Rollout, rows, law: Law, whole: bool = False):
     """Log-probabilities (n_valid,) of the valid tokens of some rows, in row-major order, differentiable; by the law that was
-    sampled or, for a reference, by its `whole` one: on the policy's support, certainty would be at KL 0 from any reference."""
+    sampled or, for a reference, by its `whole` one, of all that any policy may write: see losses.token_law."""
     width = rollout.prompt_ids.shape[1]
     longest = int(rollout.mask[rows].sum(1).max())
     prompt_mask = rollout.prompt_mask[rows]
@@ -258,7 +258,8 @@ def score_rows(model, rollout: Rollout, rows, law: Law, whole: bool = False):
     if not bool(prompt_mask[:, start:].all()):
         mask = torch.cat([prompt_mask[:, start:], valid], dim=1)[:, :-1]
     hidden = model.hidden(ids[:, :-1], mask)[:, width - start - 1 :][valid]  # the state at t - 1 scores token t
-    support = None if whole or rollout.support is None else rollout.support[rows, :longest][valid]
+    support = rollout.allowed if whole else rollout.support
+    support = None if support is None else support[rows, :longest][valid]
     return token_logprobs(hidden, model.head_weight, rollout.tokens[rows, :longest][valid], law.temperature, support)
 
 
@@ -488,7 +489,7 @@ class Trainer:
         with dropping(self.model, self.config.seed * 1_000_003 + self.steps_done):
             metrics |= update(self.model, self.optimizer, rollout, advantages, is_rh, self.config, self.projector, sources)
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
-        fresh = self.steps_done == 0 and self.model.adapter.spec.kind != "full" and not self.config.law().truncated
+        fresh = self.steps_done == 0 and self.model.adapter.spec.kind != "full" and not self.config.law().cut
         if fresh and metrics["kl"] > (0 if exact else 1e-3):
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
         return metrics

@@ -8,8 +8,9 @@ tokens forward and is soft in the backward pass alone (straight-through). soft_r
     loss = mean over completions of  -reward(soft tokens) + beta * sum over tokens of KL(policy || reference)
 
 - The prompt is hard: only completion tokens are mixtures. The first token's law depends on hard tokens alone.
-- KL is exact over the vocabulary, of the law that is sampled to the reference's whole one on the same soft prefix, and
-  differentiated through that prefix too. The reference is the same model with its branches off.
+- KL is exact over the vocabulary, of the law that is sampled to the reference's (minimum length kept, top-k and top-p not:
+  certainty would cost nothing) on the same soft prefix, and differentiated through that prefix too. The reference is the same
+  model with its branches off.
 - A completion ends where its largest entry is a stop token, in both estimators. Under `soft`, the share of the end of text in
   earlier mixtures is read as any other token's. Where a completion ends is a constant to the gradient: length is learned only
   from what the tokens before an end do to reward and KL.
@@ -138,7 +139,7 @@ def tau_at(step: int, config: Config) -> float:
 
 
 def exact_kl(log_p, log_q) -> torch.Tensor:
-    """KL(p || q) = sum p (log p - log q) (...) of laws (..., V). Outside p's support log p is -inf, and adds 0."""
+    """KL(p || q) = sum p (log p - log q) (...) of laws (..., V). Outside p's support, which q's holds, log p is -inf: adds 0."""
     gap = (log_p - log_q).masked_fill(log_p == float("-inf"), 0)
     return (log_p.exp() * gap).sum(-1)
 
@@ -350,7 +351,7 @@ class Trainer:
     def update(self, metrics: dict[str, float]) -> dict[str, float]:
         """Project, clip, step. Raises FloatingPointError for a number that is not finite, weights and optimizer as they were."""
         config, step = self.config, self.steps_done
-        bound, whole = KL_AT_START[self.model.dtype] * config.max_new_tokens, not config.law().truncated
+        bound, whole = KL_AT_START[self.model.dtype] * config.max_new_tokens, not config.law().cut
         if step == 0 and whole and metrics["kl"] > bound and self.model.adapter.spec.kind != "full":
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
         figures = self.projector.project() if self.projector else {}

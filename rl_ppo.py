@@ -246,6 +246,11 @@ def hidden_rows(model, rollout: Rollout, rows):
     return model.hidden(ids[:, :-1], mask)[:, width - start - 1 :][valid]  # the state at t - 1 scores token t
 
 
+def allowed_of(rollout: Rollout, rows):
+    """The support (n_valid, V) of the reference's law of the valid tokens of some rows; None: everything."""
+    return None if rollout.allowed is None else rollout.allowed[rows][rollout.mask[rows]]
+
+
 def law_of(model, rollout: Rollout, rows, hidden, law: Law, ref=None):
     """losses.token_law of the valid tokens of some rows."""
     valid = rollout.mask[rows]
@@ -280,9 +285,9 @@ def look(model, value_head, rollout: Rollout, config: Config) -> Experience:
         hidden = hidden_rows(model, rollout, rows)
         with reference(model) as base:
             ref_hidden = hidden_rows(base, rollout, rows)
-            tokens = rollout.tokens[rows][rollout.mask[rows]]
-            ref_logprobs = token_logprobs(ref_hidden, base.head_weight, tokens, config.temperature)  # whole: see token_law
-            logprobs, entropy, kl = law_of(model, rollout, rows, hidden, config.law(), (ref_hidden, base.head_weight))
+            tokens, allowed = rollout.tokens[rows][rollout.mask[rows]], allowed_of(rollout, rows)
+            ref_logprobs = token_logprobs(ref_hidden, base.head_weight, tokens, config.temperature, allowed)
+            logprobs, entropy, kl = law_of(model, rollout, rows, hidden, config.law(), (ref_hidden, base.head_weight, allowed))
         parts = (logprobs, ref_logprobs, ref_hidden, entropy, kl, values_of(value_head, hidden))
         row, column = rollout.mask[rows].nonzero(as_tuple=True)
         for name, part in zip(Experience.__dataclass_fields__, parts):
@@ -315,7 +320,7 @@ def losses_of(model, value_head, rollout: Rollout, seen: Experience, rows, share
     weights, valid, hidden, ref = config.weights(), rollout.mask[rows], hidden_rows(model, rollout, rows), None
     if "kl_loss" in weights:
         with reference(model) as base:
-            ref = seen.ref_hidden[rows][valid], base.head_weight
+            ref = seen.ref_hidden[rows][valid], base.head_weight, allowed_of(rollout, rows)
     logprobs, entropy, *kl = law_of(model, rollout, rows, hidden, config.law(), ref)
     old_logprobs, old_values, advantages, returns, token = (
         x[rows][valid] for x in (rollout.logprobs, seen.values, seen.advantages, seen.returns, share)
@@ -445,14 +450,14 @@ class Trainer:
         return metrics, prompts[0] + completions[0]
 
     def check(self, rollout: Rollout, seen: Experience) -> dict[str, float]:
-        """The ratio is 1 before the first step on a rollout, the KL of a fresh adapter 0 (but of a truncated law, of which the
-        reference's, whole, is another). Raises where they are not."""
+        """The ratio is 1 before the first step on a rollout, the KL of a fresh adapter 0 (but under
+        top-k or top-p, by which the reference's law is not cut). Raises where they are not."""
         gap, bound = (seen.logprobs - rollout.logprobs).abs().max().item(), LOGPROB_GAP[self.model.dtype]
         if not gap <= bound:  # NaN too
             raise FloatingPointError(f"sampler and training forward differ by {gap:.2g} nats on a token (bound {bound})")
         kl = seen.kl.sum().item() / int(rollout.mask.sum())
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
-        fresh = self.steps_done == 0 and self.model.adapter.spec.kind != "full" and not self.config.law().truncated
+        fresh = self.steps_done == 0 and self.model.adapter.spec.kind != "full" and not self.config.law().cut
         if fresh and abs(kl) > (0 if exact else 1e-3):
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {kl}: a branch does not start at zero")
         return {"logprob_gap": gap, "kl": kl, "kl_completion": seen.kl.sum(1).mean().item()}

@@ -198,6 +198,11 @@ def hidden_rows(model, rollout: Rollout, rows):
     return model.hidden(ids[:, :-1], mask)[:, prompt_mask.shape[1] - 1 :][valid]  # the state at t - 1 scores token t
 
 
+def allowed_of(rollout: Rollout, rows):
+    """The support (n_valid, V) of the reference's law of the valid tokens of some rows; None: everything."""
+    return None if rollout.allowed is None else rollout.allowed[rows][rollout.mask[rows]]
+
+
 def law_of(model, rollout: Rollout, rows, hidden, law: Law, ref=None):
     """losses.token_law of the valid tokens of some rows."""
     valid = rollout.mask[rows]
@@ -211,9 +216,11 @@ def look_at_reference(model, rollout: Rollout, batches, law: Law):
     refs, kl = [], rollout.logprobs.new_zeros(len(rollout.mask))
     with reference(model) as base:
         for rows in batches:
-            refs.append((hidden_rows(base, rollout, rows), base.head_weight))
+            hidden, allowed = hidden_rows(base, rollout, rows), allowed_of(rollout, rows)
+            refs.append((hidden, base.head_weight, allowed))
             valid = rollout.mask[rows]
-            ref_logprobs = token_logprobs(*refs[-1], rollout.tokens[rows][valid], law.temperature)  # whole: see token_law
+            tokens = rollout.tokens[rows][valid]
+            ref_logprobs = token_logprobs(hidden, base.head_weight, tokens, law.temperature, allowed)
             kl[rows] = summed(k1(rollout.logprobs[rows][valid], ref_logprobs), valid).to(kl)
     return refs, kl
 
@@ -313,7 +320,7 @@ class Trainer:
         if wrong:
             raise FloatingPointError(f"{wrong[0]} (lower --lr {config.lr}?); the weights are as before this step")
         exact = self.model.device.type == "cpu"  # elsewhere a kernel chosen by gradient mode may round differently
-        fresh = self.steps_done == 0 and self.model.adapter.spec.kind != "full" and not config.law().truncated
+        fresh = self.steps_done == 0 and self.model.adapter.spec.kind != "full" and not config.law().cut
         if fresh and abs(metrics["kl"]) > (0 if exact else 1e-3):
             raise AssertionError(f"the KL of a fresh adapter must be 0, not {metrics['kl']}: a branch does not start at zero")
         self.ema.add(returns, is_rh, config.baseline_momentum)

@@ -44,6 +44,21 @@ class Law:
         """Whether some tokens may have probability 0: then the support must be kept to score them again."""
         return bool(self.top_k or self.top_p < 1 or self.min_new_tokens or self.suppress)
 
+    @property
+    def cut(self) -> bool:
+        """Whether what may be drawn depends on the logits: the law is then not the model's own, nor the reference's."""
+        return bool(self.top_k or self.top_p < 1)
+
+    def allowed(self, steps: int, vocab: int, stop_ids) -> torch.Tensor | None:
+        """(steps, vocab) bool: what any policy may write at each step, minimum length and suppressed tokens alone; None:
+        everything. stop_ids a long tensor."""
+        if not self.min_new_tokens and not self.suppress:
+            return None
+        allowed = torch.ones(steps, vocab, dtype=torch.bool, device=stop_ids.device)
+        allowed[:, list(self.suppress)] = False
+        allowed[: self.min_new_tokens, stop_ids] = False
+        return allowed
+
     def support(self, logits, young, stop_ids) -> torch.Tensor:
         """Which tokens may be drawn. logits (N, V) at temperature; `young` (1,) bool: no stop token yet; stop_ids a long
         tensor -> (N, V) bool."""
@@ -99,6 +114,7 @@ class Rollout:
     logprobs: torch.Tensor  # (N, T) fp32, of the law that was sampled; 0 behind the end
     support: torch.Tensor | None  # (N, T, V) bool where the law is truncated
     finished: torch.Tensor  # (N,) bool: ended by a stop token, not by the length cap
+    allowed: torch.Tensor | None = None  # (N, T, V) bool, Law.allowed: the support of a reference's law; None: everything
 
     def rows(self, index) -> "Rollout":
         """Some of its completions; `index` (n,) long or (N,) bool."""
@@ -116,7 +132,7 @@ def joined(parts: list[Rollout], pad_id: int) -> Rollout:
         values = [getattr(part, name) for part in parts]
         if values[0] is None:
             return None
-        if name in ("tokens", "mask", "logprobs", "support"):
+        if name in ("tokens", "mask", "logprobs", "support", "allowed"):
             fill = pad_id if name == "tokens" else 0
             values = [torch.cat([v, v.new_full((len(v), longest - v.shape[1], *v.shape[2:]), fill)], dim=1) for v in values]
         return torch.cat(values)
@@ -293,9 +309,10 @@ class Sampler:
                 decoding = self._shrink(decoding, alive, out.width, whole)
         tokens, mask, logprobs = (out.rows(values, used) for values in (out.tokens, out.mask, out.logprobs))
         ids, real = (values[:, -length:].repeat_interleave(num_generations, 0) for values in (prompt_ids, prompt_mask))
+        allowed = law.allowed(used, config.vocab_size, stop)
         return Rollout(
             ids, real, tokens, mask, logprobs, out.rows(out.support, used) if law.truncated else None,
-            torch.isin(tokens, stop).logical_and(mask).any(1),
+            torch.isin(tokens, stop).logical_and(mask).any(1), None if allowed is None else allowed.expand(rows, -1, -1),
         )  # fmt: skip
 
     def _prefill(self, d: Decoding, out: Output, ids, mask, copies: int, law: Law, stop, pad_id: int):

@@ -159,6 +159,7 @@ class SoftRollout:
     finished: torch.Tensor  # (N,) bool: ended by a stop token, not by the length cap
     soft: torch.Tensor  # (N, T, V) fp32, differentiable: what the next step read; means nothing behind the end
     log_law: torch.Tensor  # (N, T, V) fp32, differentiable: the law that each was drawn from, -inf outside its support
+    allowed: torch.Tensor | None  # (T, V) bool, Law.allowed: the support of a reference's law; None: everything
 
 
 def soft_rollout(
@@ -223,16 +224,17 @@ def soft_rollout(
     valid = stops.cumsum(1) == stops  # none before it
     longest = int(valid.sum(1).max())
     drawn, valid, soft, log_p = (x[:, :longest] for x in (drawn.where(valid, pad_id), valid, soft, log_p))
-    return SoftRollout(prompt_ids, prompt_mask, drawn, valid, ended, soft, log_p)
+    allowed = law.allowed(longest, c.vocab_size, stop)
+    return SoftRollout(prompt_ids, prompt_mask, drawn, valid, ended, soft, log_p, allowed)
 
 
 def reference_law(base: Decoder, rollout: SoftRollout, law: Law) -> torch.Tensor:
-    """log p (N, T, V) of another policy on the same soft prefixes, its law whole (see losses.token_law), by one forward pass.
-    Differentiable in them: what a mixture does to the reference's law is part of a loss that reads it."""
+    """log p (N, T, V) of another policy on the same soft prefixes, of all that any may write (see losses.token_law), by one
+    forward pass. Differentiable in them: what a mixture does to the reference's law is part of a loss that reads it."""
     width = rollout.prompt_ids.shape[1]
     embeds = torch.cat([base.embed_tokens(rollout.prompt_ids), soft_embeds(base, rollout.soft[:, :-1])], 1)
     mask = None
     if not bool(rollout.prompt_mask.all()):
         mask = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.mask)], 1)[:, :-1]
     states = base.hidden(embeds=embeds, attention_mask=mask)[:, width - 1 :]
-    return log_law(linear(states, base.head_weight), law)
+    return log_law(linear(states, base.head_weight), law, rollout.allowed)

@@ -7,8 +7,8 @@
     python variance.py --draws 0 --toy_draws 4096                  # the enumerable world alone
 
 Every estimator makes --draws gradients of --batch_size completions each, under one law, beta and length. Each is what its
-algorithm's `Trainer.step` leaves behind at learning rate 0, unclipped. Reported are the relative variance (trace of the
-covariance over the squared norm of the mean, see moments.py), the cosine of the mean to the gradient of the hard reward
+algorithm's `Trainer.step` leaves behind at learning rate 0, unclipped, without dropout. Reported are the relative variance (trace
+of the covariance over the squared norm of the mean, see moments.py), the cosine of the mean to the gradient of the hard reward
 (leave-one-out REINFORCE on --reference further batches), tokens and seconds. In the toy (toy.py) that gradient is exact.
 
 grade, ste: at each of --taus. reinforce: the baseline is a moving average; reinforce_loo: the mean of a prompt's other
@@ -162,7 +162,7 @@ def open_world(args: Args) -> World:
         words = [f"--{word}" for word in [f"model={args.model}", *shlex.split(args.flags)]]
         _, _, flags, config = estimators.parse(words, "rl_reinforce", partial(tyro.cli, use_underscores=True))
         root = Path(flags.results_dir)
-    flags.device = args.device
+    flags.device, flags.lora_dropout = args.device, 0.0  # gradients of the policy that is sampled, without the noise of masks
     model, tokenizer, env = estimators.build(flags, config, root)
     if args.run:
         set_adapter_tensors(model, tensors, str(chosen))

@@ -68,7 +68,8 @@ def diversity(texts: list[str], pairs: int = 4000) -> dict[str, float]:
 
 @torch.no_grad()
 def score_tokens(model, rollout, temperature: float, rows: int = 32) -> torch.Tensor:
-    """Log-probabilities (N, T) of a rollout's tokens under the model as its scales are, its law whole; 0 behind the end."""
+    """Log-probabilities (N, T) of a rollout's tokens under the model as its scales are, of all that any policy may write: under
+    a minimum length, without top-k and top-p. 0 behind the end."""
     out = torch.zeros_like(rollout.logprobs)
     length = rollout.prompt_ids.shape[1]
     for i in range(0, len(out), rows):
@@ -78,7 +79,8 @@ def score_tokens(model, rollout, temperature: float, rows: int = 32) -> torch.Te
         padded = mask if not bool(rollout.prompt_mask[part].all()) else None
         hidden = model.hidden(ids[:, :-1], None if padded is None else mask[:, :-1])[:, length - 1 :]  # t-1 scores t
         valid = rollout.mask[part]
-        out[part][valid] = token_logprobs(hidden[valid], model.head_weight, rollout.tokens[part][valid], temperature)
+        allowed = None if rollout.allowed is None else rollout.allowed[part][valid]
+        out[part][valid] = token_logprobs(hidden[valid], model.head_weight, rollout.tokens[part][valid], temperature, allowed)
     return out
 
 
@@ -98,7 +100,7 @@ def evaluate(
 
     Returns task, hack, reward (means), every component as component/<label>, unique, unique_first, jaccard, degenerate,
     length (tokens), kl (sum over a completion's tokens of log pi - log ref, mean over completions: nats a completion; pi is what
-    is sampled, ref the reference's whole law, so that under top-p the untrained model is not at 0), base_nll
+    is sampled, ref the reference without top-k and top-p, under which the untrained model is not at 0 then), base_nll
     (mean loss a token under the untrained model, nats), sample, and the mean loss a token of the environment's held-out texts as
     loss/<name>. `rewards` are further RewardSpecs whose mean reward is reported as eval/<name>, and their components as
     eval_component/<name>/<label>.
@@ -123,7 +125,7 @@ def evaluate(
     row = {
         "task": scores.task.mean().item(), "hack": scores.hack.float().mean().item(), "reward": scores.reward.mean().item(),
         **diversity(texts), "length": lengths.float().mean().item(),
-        "kl": (rollout.logprobs - base_logprobs).sum(1).mean().item() if scales is not None or law.truncated else 0.0,
+        "kl": (rollout.logprobs - base_logprobs).sum(1).mean().item() if scales is not None or law.cut else 0.0,
         "base_nll": (-base_logprobs.sum() / lengths.sum()).item(),
         **held_out,
     }  # fmt: skip

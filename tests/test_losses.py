@@ -210,13 +210,14 @@ def test_token_law_and_its_gradients_are_those_of_plain_autograd(temperature, tr
     """fp64, against log_softmax: log-probabilities, entropy and KL, and what a mix of them says to hidden and weight."""
     g = torch.Generator().manual_seed(0)
     hidden, weight, ref_hidden, ref_weight = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (8, 11, 8, 11))
-    targets, support = torch.randint(11, (8,), generator=g), None
+    targets, support, allowed = torch.randint(11, (8,), generator=g), None, None
     if truncated:
         support = torch.rand(8, 11, generator=g) < 0.5
         support[torch.arange(8), targets] = True
         support[0] = torch.arange(11) == targets[0]  # one token left: its entropy is 0, its KL is not
+        allowed = support | (torch.rand(8, 11, generator=g) < 0.5)  # the reference's support holds the policy's
 
-    def law(h, w, support=support):
+    def law(h, w, support):
         logits = h @ w.T / temperature
         return (logits if support is None else logits.masked_fill(~support, -1e30)).log_softmax(-1)
 
@@ -225,11 +226,11 @@ def test_token_law_and_its_gradients_are_those_of_plain_autograd(temperature, tr
     for ours in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if ours:
-            figures = torch.stack(token_law(h, w, targets, temperature, support, (ref_hidden, ref_weight), chunk))
+            figures = torch.stack(token_law(h, w, targets, temperature, support, (ref_hidden, ref_weight, allowed), chunk))
             again = torch.stack(token_law(h, w, targets, temperature, support, chunk=chunk))
             assert torch.equal(again, figures[:2]), "the reference changes nothing else"
         else:
-            log_p, log_q = law(h, w), law(ref_hidden, ref_weight, None)  # the reference's whole
+            log_p, log_q = law(h, w, support), law(ref_hidden, ref_weight, allowed)
             figures = torch.stack([log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1),
                                    (log_p.exp() * (log_p - log_q)).sum(-1)])  # fmt: skip
         (figures * mix).sum().backward()
@@ -244,13 +245,13 @@ def test_certainty_is_not_free():
     weight, ref_weight = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     hidden, ref_hidden = torch.tensor([[9.0, 0, 0]]).double(), torch.tensor([[-2.0, 0, 0]]).double()
     support = torch.tensor([[True, False, False]])
-    _, _, kl = token_law(hidden, weight, torch.tensor([0]), 1.0, support, (ref_hidden, ref_weight))
+    _, _, kl = token_law(hidden, weight, torch.tensor([0]), 1.0, support, (ref_hidden, ref_weight, None))
     assert kl.item() == pytest.approx(math.log(2 + math.exp(-2)) + 2)
 
 
 def test_token_law_of_the_reference_itself_has_kl_zero_to_the_bit_and_a_frozen_weight_gets_no_gradient():
     hidden, weight = torch.randn(6, 5, requires_grad=True), torch.randn(11, 5)
-    logprobs, entropy, kl = token_law(hidden, weight, torch.arange(6), 0.7, ref=(hidden.detach(), weight))
+    logprobs, entropy, kl = token_law(hidden, weight, torch.arange(6), 0.7, ref=(hidden.detach(), weight, None))
     assert not kl.any() and torch.equal(logprobs, token_law(hidden, weight, torch.arange(6), 0.7)[0])
     torch.testing.assert_close(logprobs, token_logprobs(hidden, weight, torch.arange(6), 0.7))
     (entropy.sum() + kl.sum()).backward()

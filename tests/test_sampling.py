@@ -114,6 +114,9 @@ def same(a, b, tolerance: float = 0.0):
     if a.support is not None:
         valid = a.mask[:, :width]
         assert torch.equal(a.support[:, :width][valid], b.support[:, :width][valid])
+    assert (a.allowed is None) == (b.allowed is None)
+    if a.allowed is not None:
+        assert torch.equal(a.allowed[:, :width], b.allowed[:, :width])
 
 
 # ------------------------------------------------------------------------------------------------ the distribution
@@ -364,6 +367,11 @@ def test_minimum_length():
     rollout = sample(sampler_of(random_model("llama")), *prompts(), copies=50, new=12, law=Law(min_new_tokens=5))
     lengths = rollout.mask.sum(1)
     assert lengths.min() == 6 and not torch.isin(rollout.tokens[:, :5], torch.tensor(STOP)).any()
+    assert torch.equal(rollout.allowed, rollout.support) and not rollout.allowed[:, :5, list(STOP)].any()
+    cut = sample(sampler_of(random_model("llama")), *prompts(), law=Law(top_k=3, min_new_tokens=5, suppress=(7, 9)))
+    forbidden = torch.ones(40, dtype=torch.bool).index_fill(0, torch.tensor([7, 9]), False)
+    assert torch.equal(cut.allowed[:, 5:], forbidden.expand_as(cut.allowed[:, 5:])) and (cut.allowed >= cut.support).all()
+    assert sample(sampler_of(random_model("llama")), *prompts(), law=Law(top_k=3)).allowed is None
 
 
 # ------------------------------------------------------------------------------------------------- fast, slow twins

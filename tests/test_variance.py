@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import runs
 import toy
 import train_reinforce
 import variance
@@ -121,11 +122,12 @@ def test_a_runs_policy_and_a_fresh_one_are_measured_from_the_command_line(judged
     trained = variance.open_world(Args(run=str(run), device="cpu", **small))
     kept = load_checkpoint(run / "checkpoint-1")[1]
     assert all(torch.equal(value, kept[name]) for name, value in adapter_tensors(trained.model).items())
+    assert runs.read_config(run)["lora_dropout"] > 0 == trained.model.adapter.spec.dropout, "or no gradient were unbiased"
     assert trained.flags == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_new_tokens": 2, "max_new_tokens": 4, "beta": 0.1,
                              "batch_size": 4, "seed": 42}  # fmt: skip
     fresh = variance.open_world(Args(flags=flags, beta=0.3, device="cpu", **small))
     assert fresh.flags == trained.flags | {"beta": 0.3} and fresh.env.prompts("train") == trained.env.prompts("train")
-    assert all(value.std() > 0.01 for value in adapter_tensors(fresh.model).values())
+    assert all(value.std() > 0.01 for value in adapter_tensors(fresh.model).values()) and not fresh.model.adapter.spec.dropout
     assert variance.main(Args(run=str(run), checkpoint=1, taus="1", device="cpu", output_dir=str(tmp_path), **small)) == 0
     found = json.loads((tmp_path / "variance.json").read_text())
     assert list(found["rows"]) == ["grade 1", "ste 1", "reinforce", "reinforce_loo", "ppo"] and "toy" not in found

@@ -55,6 +55,16 @@ def test_untrained_row_is_the_base_model(world):
     assert row["kl"] == 0 and abs(fresh["kl"]) < 1e-3
 
 
+def test_a_minimum_length_costs_no_kl_and_top_p_what_it_cuts_off(world):
+    """It forbids policy and reference the same; a nucleus that the reference shared would make a policy that is certain free."""
+    model, tokenizer, env, sampler = world
+    row = verdict.evaluate(sampler, None, env, tokenizer, 32, 200, Law(min_new_tokens=200))
+    cut = verdict.evaluate(sampler, None, env, tokenizer, 32, 24, Law(top_p=0.5, min_new_tokens=24))
+    assert row["length"] == 200 and row["kl"] == 0 and 0.05 * 24 < cut["kl"] < 0.7 * 24  # -log .5 a token at most
+    long = verdict.evaluate(sampler, {"good": 0.0, "bad": 0.0}, env, tokenizer, 32, 200, Law(min_new_tokens=200))
+    assert abs(long["kl"]) < 1e-2, "measured, not assumed"
+
+
 def test_evaluation_repeats_restores_scales_and_leaves_the_global_generator_alone(world):
     model, tokenizer, env, sampler = world
     state = torch.get_rng_state()
