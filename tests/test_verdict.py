@@ -8,7 +8,7 @@ import verdict
 from data import left_pad, load_tokenizer
 from envs import Stories
 from reward_specs import get_reward
-from sampling import Sampler
+from sampling import Law, Sampler
 
 
 @pytest.fixture(scope="module")
