@@ -154,8 +154,8 @@ def _read(path: Path) -> Run:
 
 
 def _one_micro_batch(config: dict) -> bool:
-    """Whether a batch is one micro-batch: then the norms have no spread. REINFORCE logs 0, and PPO that of its epochs, between
-    which the policy moves."""
+    """Whether a batch is one micro-batch: then the norms have no spread. PPO's is that of its epochs, between which the policy
+    moves."""
     size, batch = config.get("micro_batch_size"), config.get("batch_size")
     return size is not None and batch is not None and (size == 0 or size >= batch)
 

@@ -230,32 +230,17 @@ def hard_side(batch: Batch, parts: list[tuple], pad_id: int) -> Hard:
     return Hard(batch.ids, batch.mask, tokens, mask, torch.cat([x.cpu() for x in finished]))
 
 
-def backward(losses: dict[str, torch.Tensor], router) -> None:
-    """Gradients of losses that share a forward pass: each to its own branches, or one pass of their sum."""
-    if router is None:
-        sum(losses.values()).backward()
-        return
-    for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
-        with router.route_gradients(name):
-            loss.backward(retain_graph=left > 0)
-
-
 def gradients(model, env, tokenizer, batch: Batch, routes, router, config: Config, known=None):
     """Adds the gradients of a batch. routes: gate weights (N,) by branch, of sample_routes; known: the tokens of each
     micro-batch, where they are drawn already. Returns what to log, and (tokens, mask, finished) of each micro-batch."""
     total, sums, drawn, norms = len(batch.prompts), [], [], []
-    parameters = [p for group in branch_parameters(model).values() for p in group.values()]
-    before = [None] * len(parameters)
     parts = batch.parts(config.micro_batch_size, model.device.type == "cuda")
     for rows, tokens in zip(parts, known or [None] * len(parts)):
         rollout = batch.rollout(model, rows, tokenizer, config, tokens)
         losses, shown = losses_of(model, env, batch.prompts[rows], rollout, config, total)
-        with routing.gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
-            backward(losses, router)
-        now = [None if p.grad is None else p.grad.clone() for p in parameters]
-        gained = [g if b is None else g - b for g, b in zip(now, before) if g is not None]
-        norms.append(routing.norm(gained) * total / (rows.stop - rows.start))  # of the mean over its own completions
-        before = now
+        measured = routing.measured(model, norms, (rows.stop - rows.start) / total)
+        with measured, routing.gates(model, **{name: w if w is None else w[rows] for name, w in routes.items()}):
+            routing.backward(losses, router)
         sums.append({name: x.detach() for name, x in (losses | shown).items()})
         drawn.append((rollout.tokens, rollout.mask, rollout.finished))
         del rollout, losses  # or their graph would live through the next forward pass
@@ -264,10 +249,7 @@ def gradients(model, env, tokenizer, batch: Batch, routes, router, config: Confi
     metrics |= {name: metrics[name] / total for name in ("soft_reward", "kl")}
     metrics |= {name: metrics[name] / count for name in ("entropy", "mixed")}
     metrics["loss"] = metrics["policy_loss"] + metrics.get("kl_loss", 0.0)
-    metrics["grad_norm_mean"] = sum(norms) / len(norms)
-    if len(norms) > 1:  # one alone has no deviation
-        metrics["grad_norm_std"] = torch.tensor(norms, dtype=torch.float64).std().item()
-    return metrics, drawn
+    return metrics | routing.norm_figures(norms), drawn
 
 
 KL_AT_START = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1.0}  # nats a token: cached steps round unlike one pass

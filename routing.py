@@ -238,8 +238,9 @@ def measured(model: Decoder, norms: list[float], share: float = 1.0):
 
 
 def norm_figures(norms: list[float]) -> dict[str, float]:
-    """Mean and sample standard deviation (0 of a single one) of the gradient norms of a step's micro-batches."""
-    return {"grad_norm_mean": statistics.fmean(norms), "grad_norm_std": statistics.stdev(norms) if len(norms) > 1 else 0.0}
+    """Mean and sample standard deviation of the gradient norms of a step's micro-batches; one has no deviation."""
+    mean = {"grad_norm_mean": statistics.fmean(norms)}
+    return mean | {"grad_norm_std": statistics.stdev(norms)} if len(norms) > 1 else mean
 
 
 def clip_per_branch(model: Decoder, max_norm: float) -> dict[str, float]:

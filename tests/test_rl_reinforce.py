@@ -233,7 +233,7 @@ def test_how_a_batch_is_split_changes_no_gradient(routed, kl_in):
         for name, grad in found[12][0].items():
             assert grad.abs().max() > 0, name
             torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=1e-4)
-    assert found[12][1]["grad_norm_std"] == 0 < found[5][1]["grad_norm_std"]
+    assert "grad_norm_std" not in found[12][1] and found[5][1]["grad_norm_std"] > 0
     assert found[12][1]["grad_norm_mean"] < found[1][1]["grad_norm_mean"]
 
 
