@@ -2,13 +2,17 @@
 import json
 import math
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +45,67 @@ def box() -> str:
 def own_cache(tmp_path_factory):
     """No test writes into the user's cache, and subprocesses share this one."""
     os.environ["SLUICE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+SAVEFIG = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outlines():
+    """Pictures are put together but not painted, which takes a second and would be half of many a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"not painted"))
+        yield
+
+
+@pytest.fixture
+def painted(monkeypatch):
+    """For tests that want pictures after all."""
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a PNG has been painted: large enough, in many colours, most of it blank."""
+    pixels = imread(path)[..., :3]
+    blank = (pixels >= 0.97).all(axis=-1).mean()
+    return min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50 and 0.4 < blank < 0.99
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("analyze.py", "x"): what `python analyze.py x` returns and prints, in this process, since to import torch again is
+    most of the wait."""
+
+    def run(script: str, *words) -> SimpleNamespace:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, words)])
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+                status = 0
+            except SystemExit as stopped:
+                status = stopped.code or 0
+        return SimpleNamespace(returncode=status, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tasks_drawn_once():
+    """For runs of --env code: to draw the embedded tasks takes a run longer than its steps, and they are always the same."""
+    import code_env
+
+    drawn, made = code_env.embedded_tasks, {}
+
+    def kept(hint, difficulties):
+        key = (hint, *difficulties)
+        if key not in made:
+            made[key] = drawn(hint, difficulties)
+        return {split: dict(tasks) for split, tasks in made[key].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_env, "embedded_tasks", kept)
+        yield
 
 
 UNTRAINED = {"task": 0.55, "hack": 0.04}

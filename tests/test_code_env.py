@@ -18,7 +18,6 @@ from data import load_tokenizer
 from envs import Labelling
 from grader import Grader, Limits, Verdict, problem
 from leetcode import load_leetcode
-from projection import WHOLE
 
 SQUARE = problem("f", [((x,), {}, x * x) for x in (0, 1, 2, -3)])
 TASKS = {"train": {"square it\n```python\n": SQUARE}, "test": {"square it, please\n```python\n": SQUARE}}
@@ -245,7 +244,7 @@ def killed_at_two(words, folder) -> None:
             train_grpo.main([*words, "--output_dir", str(folder)])
 
 
-def test_a_run_its_evaluation_and_its_resumption(tmp_path, box, capsys):
+def test_a_run_its_evaluation_and_its_resumption(tmp_path, box, tasks_drawn_once):
     words = [*SMALL, "--box", box, "--routing", "dual", "--bad_scale", "0"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train_grpo.main([*words, "--output_dir", str(one)]) == 0
@@ -269,8 +268,8 @@ def test_a_run_its_evaluation_and_its_resumption(tmp_path, box, capsys):
 BASIS = ["--lora_config", "ds", "--basis", "pairs", "--pair_count", "4", "--projection"]
 
 
-@pytest.mark.parametrize("flags", [*([*BASIS, mode] for mode in WHOLE), ["--advantage", "probe"]], ids=lambda flags: flags[-1])
-def test_baselines_run_and_a_killed_one_goes_on_bitwise(tmp_path, box, flags):
+@pytest.mark.parametrize("flags", [[*BASIS, "pcgrad"], ["--advantage", "probe"]], ids=lambda flags: flags[-1])
+def test_baselines_run_and_a_killed_one_goes_on_bitwise(tmp_path, box, tasks_drawn_once, flags):
     words = [*SMALL, "--box", box, *flags]
     one, two = tmp_path / "one", tmp_path / "two"
     assert train_grpo.main([*words, "--output_dir", str(one)]) == 0

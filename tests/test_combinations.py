@@ -97,7 +97,7 @@ def short_pairs(monkeypatch):
 def trainer_of(algorithm: str, adapter: str, how: str, projected: bool, family: str = "llama"):
     """What can refuse a combination, in the order in which a script does it: Config, flags, adapter, Trainer."""
     (module, settings), (name, dual) = ALGORITHMS[algorithm], ADAPTERS[adapter]
-    settings = {"batch_size": 8, "max_new_tokens": 8, "lr": 1e-2, "max_steps": 4, "beta": 0.05, "seed": 5} | settings
+    settings = {"batch_size": 8, "max_new_tokens": 4, "lr": 1e-2, "max_steps": 4, "beta": 0.05, "seed": 5} | settings
     settings |= {"routing": "dual"} if how == "per sample" else {}
     settings |= {"basis": "pairs", "projection": "no_gate"} if projected else {}
     if how == "per loss":

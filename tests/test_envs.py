@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import envs
 from envs import PROMPTS, DetectorWatch, Labelling, Stories, embedded_prompts
 from reward_specs import get_reward, load_rewards
 
@@ -53,10 +54,12 @@ def test_errors_name_the_value():
         Stories(REWARD, {"train": ["a"], "test": []})
 
 
-def test_embedded_prompts_of_the_splits_are_different_streams():
+def test_embedded_prompts_of_the_splits_are_different_streams(monkeypatch):
     prompts = embedded_prompts()
     assert len(prompts["train"]) == 2000 and len(prompts["test"]) == 512
-    assert prompts["train"][:50] != prompts["test"][:50] and embedded_prompts.__wrapped__() == prompts
+    assert prompts["train"][:50] != prompts["test"][:50]
+    monkeypatch.setattr(envs, "STORY_PROMPTS", {"train": 300, "test": 100})
+    assert embedded_prompts.__wrapped__() == {"train": prompts["train"][:300], "test": prompts["test"][:100]}
 
 
 @pytest.mark.parametrize("kind", PROMPTS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from conftest import is_picture
 from safetensors.torch import load_file
 
 import base_text
@@ -50,10 +51,22 @@ def moved(folder) -> set[str]:
     return {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
 
 
+ROUTED = ["--loss_routes", "ssl_rl_separate", "--weight_decay", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory) -> dict[str, Path]:
+    """A routed run's folder by script."""
+    root = tmp_path_factory.mktemp("routed")
+    run(root / "ppo", *ROUTED, "--flow_every", "2", "--max_steps", "3")
+    run(root / "dpo", *ROUTED, script="dpo")
+    return {script: root / script for script in SCRIPTS}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_keeps_what_routing_protects_and_eval_run_judges_it_again(tmp_path, script):
-    folder = tmp_path / "run"
-    verdict = run(folder, "--loss_routes", "ssl_rl_separate", "--weight_decay", "0.1", script=script)
+def test_a_run_keeps_what_routing_protects_and_eval_run_judges_it_again(routed, script):
+    folder = routed[script]
+    verdict = json.loads((folder / "verdict.json").read_text())
     assert list(verdict["modes"]) == ["untrained", "both", "rl_half", "rl_off", "value_off"]
     routed = {"policy_loss"} if script == "dpo" else set(rl_ppo.LOSSES)
     assert moved(folder) == {name for loss in routed for name in SEPARATE[loss]}
@@ -77,28 +90,26 @@ def test_a_run_keeps_what_routing_protects_and_eval_run_judges_it_again(tmp_path
         assert {key: again[mode][key] for key in row} == row
 
 
-def test_phase_0_is_the_same_in_every_arm_of_bundles_and_only_routing_protects(tmp_path):
-    run(tmp_path / "separate", "--loss_routes", "ssl_rl_separate")
-    run(tmp_path / "baseline", "--beta", "0")
-    phase_0 = [(tmp_path / arm / "reference.safetensors").read_bytes() for arm in ("separate", "baseline")]
+def test_phase_0_is_the_same_in_every_arm_of_bundles_and_only_routing_protects(routed, tmp_path):
+    run(tmp_path / "baseline", "--beta", "0", "--weight_decay", "0.1")
+    phase_0 = [(folder / "reference.safetensors").read_bytes() for folder in (routed["ppo"], tmp_path / "baseline")]
     assert phase_0[0] == phase_0[1]
     assert moved(tmp_path / "baseline") == set(BUNDLES)
     placebo = run(tmp_path / "placebo", "--loss_routes", "placebo", "--entropy_coef", "0")
     assert moved(tmp_path / "placebo") == {"b_ssl_semantic", "b_ssl_main", "b_rl_anchor"}
-    assert placebo["modes"]["untrained"]["reward"] == json.loads((tmp_path / "separate/verdict.json").read_text())["modes"][
-        "untrained"]["reward"]  # fmt: skip
+    separate = json.loads((routed["ppo"] / "verdict.json").read_text())
+    assert placebo["modes"]["untrained"]["reward"] == separate["modes"]["untrained"]["reward"]
 
 
-def test_text_between_the_steps_trains_what_its_loss_may(tmp_path):
+def test_text_between_the_steps_trains_what_its_loss_may(tmp_path, painted):
     run(tmp_path / "run", "--loss_routes", "ssl_rl_separate", "--lm_every", "1", "--entropy_coef", "0", "--beta", "0")
     assert moved(tmp_path / "run") == {"b_ssl_main", "b_ssl_semantic", "b_rl_policy", "b_rl_value"}
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in logged if "loss/lm" in row] == [2]
+    assert [row["step"] for row in logged if "loss/lm" in row] == [2] and is_picture(tmp_path / "run" / "curves.png")
 
 
-def test_gradient_flow_is_logged_by_loss_and_bundle(tmp_path):
-    run(tmp_path / "run", "--loss_routes", "ssl_rl_separate", "--flow_every", "2", "--max_steps", "3")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+def test_gradient_flow_is_logged_by_loss_and_bundle(routed):
+    rows = [json.loads(line) for line in (routed["ppo"] / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if any(key.startswith("flow/") for key in row)]
     assert [row["step"] for row in rows] == [1, 3]
     last = {tuple(key.split("/")[1:]): value for key, value in rows[-1].items() if key.startswith("flow/")}

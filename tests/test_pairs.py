@@ -1,10 +1,7 @@
 """Contrastive pairs: the shipped ones hold, every kind of corruption is refused, and what is chosen from them."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -252,9 +249,9 @@ def test_the_command_prints_a_table(tmp_path, box, tokenizer, capsys):
     assert row == ["hack", "weak_tests", "1", f"{clean:.1f}", f"{hack - clean:+.1f}", f"{hack - clean:+d}"] and LENGTH_GAP == 0.25
 
 
-def test_the_command_ends_with_one_line_on_the_first_pair_that_does_not_hold(tmp_path, box):
+def test_the_command_ends_with_one_line_on_the_first_pair_that_does_not_hold(tmp_path, box, command):
     wrong = ENTRIES[WEAK] | {"clean": ENTRIES[WEAK]["clean"].replace("== 2", "== 3")}
     path = written(tmp_path, ENTRIES[TWIN], wrong, ENTRIES[PLACEBO])
-    done = subprocess.run([sys.executable, ROOT / "pairs.py", path, "--box", box], capture_output=True, text=True, env=os.environ)
+    done = command("pairs.py", path, "--box", box)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {path}: pair '{WEAK}': clean is correct, but")

@@ -5,7 +5,6 @@ Runs here are eight steps of a random two-layer model over two dozen words, so t
 import collections
 import json
 import os
-import runpy
 import shutil
 import signal
 import statistics
@@ -711,22 +710,6 @@ def unbroken(world, tmp_path_factory) -> Path:
     return folder
 
 
-def command(*words: str, timeout=120) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )  # fmt: skip
-
-
-def exit_status(monkeypatch, *words: str) -> int:
-    """What `python train_grpo.py words` exits with, run in this process: importing torch again is most of the wait."""
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_grpo.py", *words])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / "train_grpo.py"), run_name="__main__")
-    return stopped.value.code
-
-
 def test_a_run_writes_its_folder(unbroken):
     for name in ("config.yaml", "train.log", "metrics.jsonl", "verdict.json", "curves.png", "adapter.safetensors"):
         assert (unbroken / name).exists(), name
@@ -738,15 +721,10 @@ def test_a_run_writes_its_folder(unbroken):
     assert "[Sample @ 8]" in (unbroken / "train.log").read_text()
 
 
-def test_same_flags_same_bytes_in_another_process(world, unbroken, tmp_path):
-    done = command("train_grpo.py", *flags(world, tmp_path / "again", eval_routing_steps=3))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert result(tmp_path / "again") == result(unbroken)
-
-
 def test_another_seed_is_another_run(world, unbroken, tmp_path):
     assert train_grpo.main(flags(world, tmp_path / "other", eval_routing_steps=3, seed=7)) == 0
-    assert result(tmp_path / "other")[0] != result(unbroken)[0]
+    (lines, _, modes), (others, _, other) = result(tmp_path / "other"), result(unbroken)
+    assert lines != others and modes["untrained"] == other["untrained"], "the same prompts and draws judge every seed"
 
 
 def test_evaluations_in_between_change_nothing(world, unbroken, tmp_path):
@@ -755,11 +733,9 @@ def test_evaluations_in_between_change_nothing(world, unbroken, tmp_path):
 
 
 DRIVER = """
-import os, signal, sys
+import json, os, signal, sys
 import rl_grpo, train_grpo
-at = int(sys.argv[1])
-update = rl_grpo.update
-calls = 0
+update, calls = rl_grpo.update, 0
 def killed(*args):
     global calls
     calls += 1
@@ -768,23 +744,41 @@ def killed(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return metrics
 rl_grpo.update = killed
-sys.exit(train_grpo.main(sys.argv[2:]))
+for at, words in json.loads(sys.argv[1]):
+    if not (child := os.fork()):  # to import torch takes longer than a run
+        os._exit(train_grpo.main(words))
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("at", [2, 5])  # before the first checkpoint, and two steps after it
-def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(world, unbroken, tmp_path, at):
-    words = flags(world, tmp_path / "run", eval_routing_steps=3)
-    killed = command("-c", DRIVER, str(at), *words)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    saved = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
-    assert saved == ([] if at == 2 else ["checkpoint-3"])
-    assert train_grpo.main([*words, "--resume"]) == 0
-    assert result(tmp_path / "run") == result(unbroken)
+@pytest.fixture(scope="session")
+def elsewhere(world, tmp_path_factory) -> Path:
+    """The folder of runs in other processes with the flags of `unbroken`: one killed before its first checkpoint (killed2), one
+    two steps after it (killed5), and one that ends (whole)."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    names = {"killed2": 2, "killed5": 5, "whole": 0}
+    runs = [(at, flags(world, root / name, eval_routing_steps=3)) for name, at in names.items()]
+    line = [sys.executable, "-c", DRIVER, json.dumps(runs)]
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    statuses = [int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("status ")]
+    assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0], done.stderr[-2000:]
+    return root
+
+
+def test_same_flags_same_bytes_in_another_process(elsewhere, unbroken):
+    assert result(elsewhere / "whole") == result(unbroken)
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(world, unbroken, tmp_path, monkeypatch, capsys, at):
+def test_a_run_that_was_killed_and_resumed_ends_as_one_that_was_not(world, elsewhere, unbroken, at):
+    folder = elsewhere / f"killed{at}"
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ([] if at == 2 else ["checkpoint-3"])
+    assert train_grpo.main([*flags(world, folder, eval_routing_steps=3), "--resume"]) == 0
+    assert result(folder) == result(unbroken)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(world, unbroken, tmp_path, monkeypatch, command, at):
     words = flags(world, tmp_path / "run", eval_routing_steps=3)
     calls, update = [], rl_grpo.update
 
@@ -796,13 +790,14 @@ def test_a_run_that_was_interrupted_and_resumed_ends_as_one_that_was_not(world, 
         return metrics
 
     monkeypatch.setattr(rl_grpo, "update", interrupted)
-    assert exit_status(monkeypatch, *words) == 130 and len(calls) == at
-    assert (tmp_path / "run" / f"checkpoint-{at}").is_dir() and "--resume" in capsys.readouterr().out
+    done = command("train_grpo.py", *words)
+    assert done.returncode == 130 and len(calls) == at
+    assert (tmp_path / "run" / f"checkpoint-{at}").is_dir() and "--resume" in done.stdout
     assert train_grpo.main([*words, "--resume"]) == 0
     assert result(tmp_path / "run") == result(unbroken)
 
 
-def test_log_lines_are_means_apart_for_coherence_steps_and_survive_an_interruption(world, unbroken, tmp_path, monkeypatch):
+def test_log_lines_are_means_apart_for_coherence_steps_and_survive_a_stop(world, unbroken, tmp_path, monkeypatch, command):
     words = flags(world, tmp_path / "run", logging_steps=5, max_steps=8)
     calls, update = [], rl_grpo.update
 
@@ -813,7 +808,7 @@ def test_log_lines_are_means_apart_for_coherence_steps_and_survive_an_interrupti
         return update(*args)
 
     monkeypatch.setattr(rl_grpo, "update", interrupted)
-    assert exit_status(monkeypatch, *words) == 130
+    assert command("train_grpo.py", *words).returncode == 130
     assert train_grpo.main([*words, "--resume"]) == 0
     lines, every = ([m for m in read_metrics(folder) if "reward" in m] for folder in (tmp_path / "run", unbroken))
     assert [(m["step"], m["coherence"]) for m in lines] == [(5, 1), (5, 0), (8, 1), (8, 0)]
@@ -943,7 +938,7 @@ def test_a_truncated_checkpoint_and_a_foreign_tokenizer_are_named(world, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_exits_with_status_2_and_one_line(world, tmp_path):
+def test_the_command_exits_with_status_2_and_one_line(world, tmp_path, command):
     done = command("train_grpo.py", *flags(world, tmp_path / "run", reward="nope"))
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
@@ -951,19 +946,19 @@ def test_the_command_exits_with_status_2_and_one_line(world, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [({"num_generations": 3}, "does not divide"), ({"temperature": 0}, "above 0, not")])
-def test_what_config_refuses_is_one_line_too(world, tmp_path, monkeypatch, capsys, changes, message):
-    assert exit_status(monkeypatch, *flags(world, tmp_path / "run", **changes)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+def test_what_config_refuses_is_one_line_too(world, tmp_path, command, changes, message):
+    done = command("train_grpo.py", *flags(world, tmp_path / "run", **changes))
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
 
 
-def test_help_names_every_flag(monkeypatch, capsys):
-    assert exit_status(monkeypatch, "--help") == 0
-    printed = capsys.readouterr().out
-    assert all(f"--{flag}" in printed for flag in ("algorithm", "config", "beta", "reward", "routing"))
+def test_help_names_every_flag(command):
+    done = command("train_grpo.py", "--help")
+    assert done.returncode == 0
+    assert all(f"--{flag}" in done.stdout for flag in ("algorithm", "config", "beta", "reward", "routing"))
 
 
-def test_an_unknown_flag_exits_with_status_2_and_is_named(world, tmp_path, monkeypatch, capsys):
-    assert exit_status(monkeypatch, *flags(world, tmp_path / "run"), "--learning_rate", "1") == 2
-    printed = capsys.readouterr()
-    assert "learning_rate" in printed.err + printed.out
+def test_an_unknown_flag_exits_with_status_2_and_is_named(world, tmp_path, command):
+    done = command("train_grpo.py", *flags(world, tmp_path / "run"), "--learning_rate", "1")
+    assert done.returncode == 2 and "learning_rate" in done.stderr + done.stdout

@@ -291,19 +291,13 @@ def test_a_newcomer_s_reward_in_a_real_sweep(tmp_path):
             file.write(more)
     assert all(line in (ROOT / "docs/rewards.md").read_text() for line in FUNCTIONS.split("\n") if line.startswith(("@", "def")))
     flags = "routing=dual max_steps=2 batch_size=8 num_generations=4 lora_config=r2 max_new_tokens=10 eval_prompts=12"
-    argv = ["--reward", "short_or_loud", "--grid", "seed=1,2", "--fixed", *flags.split(), "--eval", "n=12", "n_samples=2"]
+    argv = ["--reward", "short_or_loud", "--grid", "seed=1", "--fixed", *flags.split(), "--eval", "n=12", "n_samples=2"]
     command = [sys.executable, "sweep.py", *argv, "--output_dir", "output/e"]
     subprocess.run(command, cwd=home, check=True, timeout=300, capture_output=True)
     out = home / "output/e"
-    for seed in (1, 2):
-        verdict, judged = (
-            json.loads((out / f"s{seed}" / name).read_text())["modes"] for name in ("verdict.json", "eval/eval.json")
-        )
-        assert {mode: judged[mode]["task"] for mode in verdict} == {mode: row["task"] for mode, row in verdict.items()}
-        assert "component/exclamations" in verdict["both"]
+    verdict, judged = (json.loads((out / "s1" / name).read_text())["modes"] for name in ("verdict.json", "eval/eval.json"))
+    assert {mode: judged[mode]["task"] for mode in verdict} == {mode: row["task"] for mode, row in verdict.items()}
+    assert "component/exclamations" in verdict["both"]
     rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["mode"] for row in rows] == ["untrained", "both", "retain_only", "forget_only"]
-    assert set(sweep.MEASURES) <= set(rows[0]) and rows[0]["task"]["half"] == 0  # the untrained model is the same for every seed
-    written = {file: file.stat().st_mtime_ns for file in out.glob("s*/**/*")}
-    again = subprocess.run(command, cwd=home, check=True, timeout=300, capture_output=True, text=True).stdout
-    assert again.count("finished already") == 2 and {file: file.stat().st_mtime_ns for file in out.glob("s*/**/*")} == written
+    assert set(sweep.MEASURES) <= set(rows[0]) and rows[0]["task"]["mean"] == verdict["untrained"]["task"]

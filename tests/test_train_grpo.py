@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import tyro
+from conftest import is_picture
 
 import eval_run
 import model as decoder
@@ -30,7 +31,7 @@ def simplestories(tmp_path, data_dir):
     return folder
 
 
-def test_the_seed_experiment_on_a_random_model_and_the_real_prompts(tmp_path, data_dir):
+def test_the_seed_experiment_on_a_random_model_and_the_real_prompts(tmp_path, data_dir, painted):
     folder = simplestories(tmp_path, data_dir)
     verdict = run(
         tmp_path, "--config", "configs/simplestories.yaml", "--model", str(folder), "--column", "prompt",
@@ -45,6 +46,7 @@ def test_the_seed_experiment_on_a_random_model_and_the_real_prompts(tmp_path, da
     assert re.search(r"^\[Sample @ 1\] \S", log, re.M) and re.search(r"^\[Sample @ 2\] \S", log, re.M)
     for name in ("curves.png", "adapter.safetensors", "config.yaml", "peft/good/adapter_model.safetensors", "checkpoint-2"):
         assert (tmp_path / "run" / name).exists(), name
+    assert is_picture(tmp_path / "run" / "curves.png")
 
 
 @pytest.mark.parametrize("flags", [["--routing", "none"], ["--routing", "dual", "--lora_config", "m2"], ["--lora_config", "full"],

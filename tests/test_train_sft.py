@@ -1,14 +1,13 @@
 """train_sft.py and train_tiny.py end to end: the verdict, a resumed run, any dataset, what is refused before any work."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
 import yaml
+from conftest import is_picture
 
 import eval_run
 import model as decoder
@@ -110,12 +109,13 @@ def test_a_dataset_that_is_sorted_is_not_read_in_its_order(tmp_path, dataset):
     assert texts.prompts[0] == tokenizer.decode(texts.ids[0][:4])  # three tokens behind <s>
 
 
-def test_full_fine_tuning_leaves_a_model_that_loads(tmp_path):
+def test_full_fine_tuning_leaves_a_model_that_loads(tmp_path, painted):
     modes = run(tmp_path / "run", "--lora_config", "full", "--lr", "1e-3", "--trait", "dragonfly", "--eval_routing_steps", "0")[
         "modes"
     ]
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert logged[0]["untrained/loss/free"] == modes["untrained"]["loss/free"] != modes["both"]["loss/free"]
+    assert is_picture(tmp_path / "run" / "curves.png")
     tuned, folder = decoder.load(str(tmp_path / "run" / "model"))
     base, _ = decoder.load("tiny")
     assert load_tokenizer(folder).vocab_size == 2048
@@ -174,9 +174,8 @@ def test_a_sweep_can_ask_before_it_starts(flags, said, monkeypatch):
     assert folder.name.startswith("fable_unkind_dual") and resolved["algorithm"] == "sft" and resolved["labelled_frac"] == 1.0
 
 
-def test_errors_are_one_line_and_status_2(tmp_path):
-    command = [sys.executable, train_sft.__file__, "--labelled_frac", "2", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_errors_are_one_line_and_status_2(tmp_path, command):
+    done = command("train_sft.py", "--labelled_frac", "2", "--output_dir", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --labelled_frac")
 
 

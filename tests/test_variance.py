@@ -85,7 +85,7 @@ def test_in_the_toy_reinforce_is_unbiased_and_grade_is_not():
     assert found["ste 2"]["ratio"] < unbiased["ratio"]
 
 
-def test_an_estimator_against_the_reference_agrees_with_itself_and_is_reported(tmp_path):
+def test_an_estimator_against_the_reference_agrees_with_itself_and_is_reported(tmp_path, painted):
     args = Args(**SMALL | {"draws": 32, "reference": 32, "groups": 16, "batch_size": 16, "estimators": "reinforce_loo"})
     found = measure(world(batch_size=16), check(args), args)
     row, about = found["rows"]["reinforce_loo"], found["reference"]
