@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from estimator_runs import TITLES, Run, first_reach, gap, spent, spread
 from estimator_variance import METHODS, Policy, by_seed, labels_of, row_figure
-from estimator_verdicts import Comparison, Frame, matched_reward
+from estimator_verdicts import Comparison, Frame
 from figures import GREY, PALETTE, band, legend, limits, over_seeds, panels
 from hypotheses import MIN_SEEDS
 from stats import mean_interval
@@ -159,7 +159,7 @@ def efficiency(frame: Frame) -> Figure | None:
 
 
 def final(frame: Frame) -> Figure:
-    figure, axes = panels(4 if frame.kl is not None else 3, 2, 5.2, 3.0)
+    figure, axes = panels(3, 3, 4.6, 3.2)
     colours, groups = colours_of(frame.groups), frame.groups
     untrained = float(np.mean([run.test["untrained"]["reward"] for group in groups.values() for run in group]))
     for axis, which in zip(axes, ("last", "best")):
@@ -172,10 +172,6 @@ def final(frame: Frame) -> Figure:
             axes[2].plot(x, y, color=colours[method], linewidth=0.9, alpha=0.55)
             axes[2].plot(x[-1:], y[-1:], "o", color=colours[method], markersize=4)
     axes[2].set(title="each seed's way, to its end (dot)", xlabel="KL, nats a completion", ylabel="validation reward")
-    if frame.kl is not None:
-        axes[2].axvline(frame.kl, color="black", linewidth=1, linestyle="--")
-        dots(axes[3], {m: [matched_reward(frame, run) for run in group] for m, group in groups.items()}, colours, frame.start)
-        axes[3].set(title=f"validation reward at KL {frame.kl:.2f}")
     legend(figure, colours, groups, [Line2D([], [], color="black", linewidth=1, linestyle=":", label="untrained")], columns=5)
     return figure
 

@@ -43,9 +43,10 @@ from estimator_verdicts import (
     Frame,
     common_frame,
     compare,
+    compare_matched,
     judge,
-    matched_reward,
     number,
+    rewards,
     steps_to,
     values,
 )
@@ -53,17 +54,17 @@ from experiments import latex, markdown, plain, plus_minus
 from figures import STYLE
 from stats import mean_interval
 
-REWARDS = ("test reward, last", "test reward, best", "validation reward at the common KL")  # compared for equivalence too
+REWARDS = ("test reward, last", "test reward, best")  # compared for equivalence too
+MATCHED = "validation reward at matched KL"  # likewise, seed by seed
 
 
 def measures(frame: Frame) -> dict[str, Callable[[Run], float]]:
     """What the methods are compared in, a number a run."""
-    last, best, matched = REWARDS
+    last, best = REWARDS
     return {
         last: lambda run: run.test["last"]["reward"],
         best: lambda run: run.test["best"]["reward"],
-        matched: partial(matched_reward, frame),
-        f"steps to {SHARE:.0%} of the best gain": partial(steps_to, frame),
+        f"steps to {SHARE:.0%} of the best gain": partial(steps_to, target=frame.target(), horizon=frame.horizon),
         "roughness": roughness,
         "gap, last": gap,
         "KL, last": lambda run: run.test["last"]["kl"],
@@ -145,9 +146,9 @@ def efficiency_rows(frame: Frame) -> list[list[str]]:
 def final_rows(frame: Frame, runs: list[Run]) -> list[list[str]]:
     """The untrained model, then every method and every other setting."""
     by_seed = {round(float(np.mean([r.test["untrained"]["reward"] for r in runs if r.seed == run.seed])), 9) for run in runs}
-    rows = [["untrained", str(len(by_seed)), mean_of(sorted(by_seed)), *["–"] * 6]]  # seeds may all have judged it alike
+    rows = [["untrained", str(len(by_seed)), mean_of(sorted(by_seed)), *["–"] * 5]]  # seeds may all have judged it alike
     of = measures(frame)
-    before = [of[REWARDS[0]], of[REWARDS[1]], of["KL, last"], of[REWARDS[2]], gap]
+    before = [of[REWARDS[0]], of[REWARDS[1]], of["KL, last"], gap]
     for label in dict.fromkeys(run.label for run in runs):
         group = [run for run in runs if run.label == label]
         steps = reaching([first_reach(run, "val_reward", frame.target()) for run in group])
@@ -157,42 +158,58 @@ def final_rows(frame: Frame, runs: list[Run]) -> list[list[str]]:
 
 
 FINAL = [
-    "method", "seeds", "test, last", "test, best", "KL, last", "at common KL", "gap, last", f"steps to {SHARE:.0%}", "roughness",
+    "method", "seeds", "test, last", "test, best", "KL, last", "gap, last", f"steps to {SHARE:.0%}", "roughness",
 ]  # fmt: skip
 
 
 COMPARED = ["pair", "seeds", "difference", "95% interval", "p, Welch", "Holm", "p, paired", "Holm", "margin", "p, TOST"]
+SEED_BY_SEED = ["pair", "seeds", "KL", "difference", "95% interval", "p, paired", "Holm", "margin", "p, TOST"]
+
+
+def p_text(x: float) -> str:
+    return "–" if math.isnan(x) else "< 0.001" if x < 0.001 else f"{x:.3f}"
+
+
+def difference_cells(r: Comparison) -> list[str]:
+    return [number(r.difference), f"{number(r.low)} to {number(r.high)}"]
+
+
+def margin_cells(r: Comparison) -> list[str]:
+    return [f"± {number(r.margin)}" if r.margin > 0 else "–", p_text(r.p_equivalent)]
 
 
 def comparison_table(rows: list[Comparison]) -> str:
     """Margin and TOST only where equivalence was asked for."""
     heads = COMPARED if any(r.margin > 0 for r in rows) else COMPARED[:-2]
-
-    def p(x: float) -> str:
-        return "–" if math.isnan(x) else "< 0.001" if x < 0.001 else f"{x:.3f}"
-
     lines = [
         [f"{r.a} − {r.b}", f"{r.seeds[0]}, {r.seeds[1]}",
          *([r.note, *["–"] * 7] if r.note else
-           [number(r.difference), f"{number(r.low)} to {number(r.high)}", p(r.p), p(r.p_holm), p(r.p_paired),
-            p(r.p_paired_holm), f"± {number(r.margin)}" if r.margin > 0 else "–", p(r.p_equivalent)])]
+           [*difference_cells(r), *map(p_text, (r.p, r.p_holm, r.p_paired, r.p_paired_holm)), *margin_cells(r)])]
         for r in rows
     ]  # fmt: skip
     return markdown(heads, [line[: len(heads)] for line in lines])
 
 
+def matched_table(rows: list[Comparison]) -> str:
+    lines = [
+        [f"{r.a} − {r.b}", str(r.pairs),
+         *([r.note, *["–"] * 6] if r.note else
+           [f"{number(r.kl[0])} to {number(r.kl[1])}", *difference_cells(r), p_text(r.p_paired), p_text(r.p_paired_holm),
+            *margin_cells(r)])]
+        for r in rows
+    ]  # fmt: skip
+    return markdown(SEED_BY_SEED, lines)
+
+
 # ------------------------------------------------------------------------------------------------------- report
 
 
-def matched_text(frame: Frame) -> str:
-    ranges = []
-    for method, group in frame.groups.items():
+def kl_text(groups: dict[str, list[Run]]) -> str:
+    spans = []
+    for method, group in groups.items():
         lows, highs = zip(*map(kl_range, group))
-        ranges.append(f"{method} {number(max(lows))} to {number(min(highs))}")
-    spans = f"KL that every seed of a method has had: {', '.join(ranges)} nats a completion."
-    if frame.kl is None:
-        return f"**The KL ranges share nothing: there is no comparison at matched KL** (validate more often, early on). {spans}"
-    return f"The common KL is {number(frame.kl)}. {spans}"
+        spans.append(f"{method} {number(min(lows))} to {number(max(highs))}")
+    return f"KL at validations after step 0: {', '.join(spans)} nats a completion. At matched KL: section 7."
 
 
 def report(folder: Path, runs: list[Run], frame: Frame, policies: list[Policy], verdicts, tables, drawn: list[str]) -> str:
@@ -226,7 +243,7 @@ def report(folder: Path, runs: list[Run], frame: Frame, policies: list[Policy], 
     else:
         heads = ["share of the best gain: reward", "method", "steps", "tokens", "prompts"]
         lines += [markdown(heads, efficiency_rows(frame)), *picture("efficiency")]
-    lines += ["## 5. Final comparison", "", markdown(FINAL, final_rows(frame, runs)), matched_text(frame), "", *picture("final")]
+    lines += ["## 5. Final comparison", "", markdown(FINAL, final_rows(frame, runs)), kl_text(groups), "", *picture("final")]
     lines += ["## 6. Temperature ablation", ""]
     settings = tau_settings(runs)
     if settings:
@@ -236,8 +253,10 @@ def report(folder: Path, runs: list[Run], frame: Frame, policies: list[Policy], 
         lines += ["None: all runs of a method have one schedule of τ.", ""]
     lines += ["## 7. Tests over seeds", ""]
     for title, rows in tables.items():
-        lines += [f"### {title[0].upper()}{title[1:]}", "", comparison_table(rows)]
-    lines += [f"Margins are {MARGIN:.0%} of the pair's mean reward. TOST's p values are not corrected.", ""]
+        table = matched_table if title == MATCHED else comparison_table
+        lines += [f"### {title[0].upper()}{title[1:]}", "", table(rows)]
+    lines += [f"Margins are {MARGIN:.0%} of the pair's mean reward. TOST's p values are not corrected. At matched KL: two runs "
+              "of a seed, where both have had the KL; intervals and tests are paired.", ""]  # fmt: skip
     lines += picture("differences")
     return "\n".join([*lines, "## 8. LaTeX", "", "[estimators.tex](estimators.tex) holds the table of section 5.", ""])
 
@@ -259,7 +278,7 @@ def draw(out: Path, runs: list[Run], frame: Frame, policies: list[Policy], table
             "learning": figures.learning(frame.groups), "validation": figures.validation(frame.groups),
             "gradients": figures.gradients(frame.groups), "variance": figures.variance(policies),
             "efficiency": figures.efficiency(frame), "final": figures.final(frame), "tau": figures.tau(tau_settings(runs)),
-            "differences": figures.differences({name: rows for name, rows in tables.items() if name in REWARDS}),
+            "differences": figures.differences({name: rows for name, rows in tables.items() if name in (*REWARDS, MATCHED)}),
         }  # fmt: skip
         drawn = [name for name, picture in pictures.items() if picture is not None]
         for name in drawn:
@@ -275,6 +294,7 @@ def main(folder: Path) -> None:
     verdicts = judge(frame, policies)
     found = {name: values(frame.groups, of) for name, of in measures(frame).items()}
     tables = {name: compare(of, name in REWARDS) for name, of in found.items() if any(of.values())}  # of what was logged
+    tables |= {MATCHED: compare_matched(frame.groups, rewards, equivalence=True)}
     tables = {name: rows for name, rows in tables.items() if rows}
     out = folder / "analysis"
     out.mkdir(exist_ok=True)
@@ -286,7 +306,6 @@ def main(folder: Path) -> None:
         "verdicts": [{key: asdict(v)[key] for key in ("name", "claim", "verdict", "why")} for v in verdicts],
         "runs": [{"label": r.label, "seed": r.seed} | {name: of(r) for name, of in figures_of_run.items()} for r in runs],
         "comparisons": {name: [asdict(row) for row in rows] for name, rows in tables.items()},
-        "common_kl": frame.kl,
         "variance": {policy.folder: asdict(policy) for policy in policies},
         "variance_pairs": [asdict(pair) for pair in pairs(policies)],
         "targets": {f"{share:g}": frame.target(share) for share in SHARES},

@@ -231,7 +231,7 @@ def seed_rows(policies: list[Policy]) -> list[list[str]]:
             label, str(len({policy.seed for policy in counted(policies) if label in policy.rows})),
             str(len(there)) if resolved == len(there) else f"{resolved} of {len(there)} resolved",
             geometric(by_seed(policies, log_variance(label)).values()), mean(label, "cosine"),
-            "–" if label == "ppo" else mean(label, "bias"),  # its gradient has a length of its own: docs/variance.md
+            "–" if label == "ppo" or not resolved else mean(label, "bias"),  # PPO's has a length of its own: docs/variance.md
             mean(label, "tokens"), mean(label, "seconds"), geometric(cost.values()),
         ])  # fmt: skip
     return rows

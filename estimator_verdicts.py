@@ -1,18 +1,18 @@
 """The estimators compared over seeds: every pair of methods tested, and the experiment's five hypotheses judged.
 
-    frame = common_frame(compared(load("results")))                # the targets, the KL and the horizon that all are held to
+    frame = common_frame(compared(load("results")))                # the targets and the horizon that all are held to
     rows = compare(values(frame.groups, final_reward), equivalence=True)
+    rows = compare_matched(frame.groups, rewards, equivalence=True)
     for verdict in judge(frame): print(verdict.verdict, verdict.why)
 
 A seed is one observation, whatever it was averaged over; fewer than MIN_SEEDS of a method are no test. H2, H3 and H5 are judged
-over whole runs and at matched KL, and a verdict is what both say; where they differ, or one can't tell, it is undecided. H1 is
-judged at the same policies (estimator_variance.py), where every estimator has the same KL.
+over whole runs and at matched KL (two runs of one seed, at a KL that both have had), and a verdict is what both say; where they
+differ, or one can't tell, it is undecided. H1 is judged at the same policies (estimator_variance.py), which have one KL.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from estimator_runs import TITLES, Run, common_kl, final_reward, first_reach, gap, reward_at_kl, roughness, spread
 from estimator_variance import Policy, by_method, less_variance
 from hypotheses import MIN_SEEDS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict, parse_bound
-from stats import holm, mean_interval, p_beyond, paired, tost, welch
+from stats import holm, mean_interval, p_above, p_beyond, paired, tost, welch
 
 GRADE, RIVALS = "GRADE", ("PPO", "REINFORCE")
 MARGIN = 0.05  # of equivalence: this share of the reward, the mean of the two methods'
@@ -38,26 +38,22 @@ class Frame:
     groups: dict[str, list[Run]]
     start: float  # validation reward of the untrained model, mean over runs
     best: float  # the best method's final validation reward, mean over its seeds
-    matched_best: float  # the best method's validation reward at the common KL; NaN without one
-    kl: float | None  # a KL inside every run's range
     horizon: float  # the last step that every run has
 
-    def target(self, share: float = SHARE, matched: bool = False) -> float:
-        """The reward at a share of the best final gain (or of the best gain at the common KL); NaN where nothing was gained."""
-        best = self.matched_best if matched else self.best
-        return self.start + share * (best - self.start) if best > self.start else math.nan
+    def target(self, share: float = SHARE) -> float:
+        """The reward at a share of the best final gain; NaN where nothing was gained."""
+        return _target(self.start, self.best, share)
+
+
+def _target(start: float, best: float, share: float = SHARE) -> float:
+    return start + share * (best - start) if best > start else math.nan
 
 
 def common_frame(groups: dict[str, list[Run]]) -> Frame:
     runs = [run for group in groups.values() for run in group]
-    kl = common_kl(runs)
-
-    def highest(measure: Callable[[Run], float]) -> float:
-        return max(float(np.mean([measure(run) for run in group])) for group in groups.values())
-
     start = float(np.mean([run.validation["val_reward"][0] for run in runs]))
-    matched = highest(partial(reward_at_kl, level=kl)) if kl is not None else math.nan
-    return Frame(groups, start, highest(final_reward), matched, kl, min(float(run.steps["step"][-1]) for run in runs))
+    best = max(float(np.mean([final_reward(run) for run in group])) for group in groups.values())
+    return Frame(groups, start, best, min(float(run.steps["step"][-1]) for run in runs))
 
 
 def values(groups: dict[str, list[Run]], measure: Callable[[Run], float]) -> Values:
@@ -66,15 +62,29 @@ def values(groups: dict[str, list[Run]], measure: Callable[[Run], float]) -> Val
     return {method: {seed: x for seed, x in of.items() if math.isfinite(x)} for method, of in found.items()}
 
 
-def steps_to(frame: Frame, run: Run, share: float = SHARE, matched: bool = False) -> float:
+def steps_to(run: Run, target: float, horizon: float) -> float:
     """Steps to the target, at most the horizon: a seed that never reaches it counts as the horizon, which is less than it would
     have needed. NaN where there is no target."""
-    target = frame.target(share, matched)
-    return math.nan if math.isnan(target) else min(first_reach(run, "val_reward", target), frame.horizon)
+    return math.nan if math.isnan(target) else min(first_reach(run, "val_reward", target), horizon)
 
 
-def matched_reward(frame: Frame, run: Run) -> float:
-    return math.nan if frame.kl is None else reward_at_kl(run, frame.kl)
+# What two runs of one seed amount to at a KL that both have had: a number each, NaN where there is none.
+
+
+def rewards(a: Run, b: Run, kl: float) -> tuple[float, float]:
+    return reward_at_kl(a, kl), reward_at_kl(b, kl)
+
+
+def steps_to_the_better(a: Run, b: Run, kl: float) -> tuple[float, float]:
+    """Steps to SHARE of the gain of the better of the two."""
+    target = _target(float(a.validation["val_reward"][0]), max(rewards(a, b, kl)))
+    horizon = min(float(run.steps["step"][-1]) for run in (a, b))
+    return steps_to(a, target, horizon), steps_to(b, target, horizon)
+
+
+def early_roughness(a: Run, b: Run, kl: float) -> tuple[float, float]:
+    """Of the steps until each first has that KL."""
+    return tuple(roughness(run, until=first_reach(run, "val_kl", kl)) for run in (a, b))
 
 
 # ------------------------------------------------------------------------------------------------------- pairs
@@ -86,22 +96,32 @@ class Comparison:
     b: str
     seeds: tuple[int, int]
     note: str = ""  # why there is no test
+    means: tuple[float, float] = (math.nan, math.nan)  # of what was compared
     difference: float = math.nan  # of means, a - b
-    low: float = math.nan  # Welch's 95% interval
+    low: float = math.nan  # its 95% interval: Welch's; at matched KL the paired one
     high: float = math.nan
-    p: float = math.nan  # Welch's t-test
+    p: float = math.nan  # Welch's t-test; NaN at matched KL, where only pairs can be had
     p_holm: float = math.nan
-    pairs: int = 0  # seeds that both have
+    pairs: int = 0  # seeds that both have; at matched KL those with a KL that both runs have had
     p_paired: float = math.nan
     p_paired_holm: float = math.nan
     margin: float = math.nan
     p_equivalent: float = math.nan  # TOST
     p_beyond: float = math.nan  # small where the difference exceeds the margin
+    kl: tuple[float, float] | None = None  # the least and the largest at which pairs were matched
 
 
 def compare(found: Values, equivalence: bool = False) -> list[Comparison]:
     """Every pair of methods, p values Holm-corrected for the pairs tested; with `equivalence` within MARGIN of the reward too."""
-    rows = [_compare(a, b, found[a], found[b], equivalence) for a, b in combinations(found, 2)]
+    return _corrected([_compare(a, b, found[a], found[b], equivalence) for a, b in combinations(found, 2)])
+
+
+def compare_matched(groups: dict[str, list[Run]], measure: Callable, equivalence: bool = False) -> list[Comparison]:
+    """As `compare`, of pairs of runs of one seed, each at the pair's own common KL: measure(a, b, kl) -> (a's, b's)."""
+    return _corrected([_compare_matched(a, b, groups, measure, equivalence) for a, b in combinations(groups, 2)])
+
+
+def _corrected(rows: list[Comparison]) -> list[Comparison]:
     for plain, corrected in (("p", "p_holm"), ("p_paired", "p_paired_holm")):
         tested = [i for i, row in enumerate(rows) if math.isfinite(getattr(row, plain))]
         for i, p in zip(tested, holm([getattr(rows[i], plain) for i in tested])):
@@ -113,17 +133,39 @@ def _compare(a: str, b: str, of_a: dict[int, float], of_b: dict[int, float], equ
     x, y = list(of_a.values()), list(of_b.values())
     row = Comparison(a, b, (len(x), len(y)))
     if min(row.seeds) < MIN_SEEDS:
-        return replace(row, note=f"no test: {len(x)} and {len(y)} seeds, and it takes {MIN_SEEDS} of each")
+        return replace(row, note=_few(*row.seeds))
     difference, low, high, p = welch(x, y)
-    row = replace(row, difference=difference, low=low, high=high, p=p)
+    row = replace(row, means=(float(np.mean(x)), float(np.mean(y))), difference=difference, low=low, high=high, p=p)
     both = sorted(of_a.keys() & of_b.keys())
     if len(both) >= MIN_SEEDS:
         row = replace(row, pairs=len(both), p_paired=paired([of_a[s] for s in both], [of_b[s] for s in both])[3])
-    margin = MARGIN * abs(np.mean(x) + np.mean(y)) / 2
-    if equivalence and margin > 0:
+    if equivalence and (margin := _margin(x, y)) > 0:
         beyond = min(1.0, 2 * min(p_beyond(x, y, margin), p_beyond(y, x, margin)))
-        row = replace(row, margin=float(margin), p_equivalent=tost(x, y, margin), p_beyond=beyond)
+        row = replace(row, margin=margin, p_equivalent=tost(x, y, margin), p_beyond=beyond)
     return row
+
+
+def _compare_matched(a: str, b: str, groups: dict[str, list[Run]], measure: Callable, equivalence: bool) -> Comparison:
+    of_a, of_b = ({run.seed: run for run in groups[method]} for method in (a, b))
+    both = [(of_a[seed], of_b[seed]) for seed in of_a if seed in of_b]
+    kls = [(pair, kl) for pair in both if (kl := common_kl(pair)) is not None]
+    found = [(*numbers, kl) for pair, kl in kls if np.isfinite(numbers := measure(*pair, kl)).all()]
+    row = Comparison(a, b, (len(of_a), len(of_b)), pairs=len(found))
+    if row.pairs < MIN_SEEDS:
+        return replace(row, note=f"no test: {row.pairs} seeds of {len(both)} with a common KL, and it takes {MIN_SEEDS}")
+    x, y, at = np.array(found).T
+    difference, low, high, p = paired(x, y)
+    row = replace(row, means=(float(x.mean()), float(y.mean())), difference=difference, low=low, high=high, p_paired=p,
+                  kl=(float(at.min()), float(at.max())))  # fmt: skip
+    if equivalence and (margin := _margin(x, y)) > 0:
+        equivalent = max(p_above(x - y + margin), p_above(margin - (x - y)))
+        beyond = min(1.0, 2 * min(p_above(x - y - margin), p_above(y - x - margin)))
+        row = replace(row, margin=margin, p_equivalent=equivalent, p_beyond=beyond)
+    return row
+
+
+def _margin(x, y) -> float:
+    return MARGIN * abs(float(np.mean(x)) + float(np.mean(y))) / 2
 
 
 # -------------------------------------------------------------------------------------------------- hypotheses
@@ -133,25 +175,22 @@ def judge(frame: Frame, policies: list[Policy] = ()) -> list[Verdict]:
     """The five hypotheses, in their order; `policies` are those at which variance.py was run."""
 
     def parts(what: str, whole: Callable, matched: Callable, judge_one: Callable = _lower) -> list[tuple[str, str, str]]:
-        first = (f"{what}, whole runs", *judge_one(values(frame.groups, whole)))
-        if frame.kl is None:
-            return [first, ("matched KL", UNDECIDED, "the methods' KL ranges share nothing, so that there is none")]
-        return [first, (f"matched KL, {frame.kl:.2f}", *judge_one(values(frame.groups, matched)))]
+        equivalence = judge_one is _alike
+        rows = compare(values(frame.groups, whole), equivalence), compare_matched(frame.groups, matched, equivalence)
+        return [(name, *judge_one(of, frame.groups)) for name, of in zip((f"{what}, whole runs", "matched KL"), rows)]
 
-    def early(measure: Callable) -> Callable[[Run], float]:
-        return lambda run: measure(run, until=first_reach(run, "val_kl", frame.kl))
-
-    steps = parts("steps to the target", partial(steps_to, frame), partial(steps_to, frame, matched=True))
     return [
         _verdict("H1 gradient variance", "GRADE's gradient varies less than PPO's and REINFORCE's.",
                  [("relative variance at the same policy", *less_variance(policies))]),
-        _verdict("H2 sample efficiency", f"GRADE needs fewer steps to {SHARE:.0%} of the best gain.", steps, _reaching(frame)),
+        _verdict("H2 sample efficiency", f"GRADE needs fewer steps to {SHARE:.0%} of the best gain.",
+                 parts("steps to the target", lambda run: steps_to(run, frame.target(), frame.horizon), steps_to_the_better),
+                 _reaching(frame)),
         _verdict("H3 final performance", f"All methods end at the same reward, within {MARGIN:.0%}.",
-                 parts("test reward", lambda run: run.test["last"]["reward"], partial(matched_reward, frame), _alike)),
+                 parts("test reward", lambda run: run.test["last"]["reward"], rewards, _alike)),
         _verdict("H4 generalisation", "The less a method's gradient varies, the smaller its gap between validation and test.",
                  [_smaller_gap(frame, policies)]),
         _verdict("H5 stability", "GRADE's reward changes less from step to step than PPO's and REINFORCE's.",
-                 parts("roughness", roughness, early(roughness))),
+                 parts("roughness", roughness, early_roughness)),
     ]  # fmt: skip
 
 
@@ -161,29 +200,33 @@ def _verdict(name: str, claim: str, parts: list[tuple[str, str, str]], more: str
     return Verdict(name, claim, words.pop() if len(words) == 1 else UNDECIDED, why + "." + more)
 
 
-def _lower(found: Values) -> tuple[str, str]:
-    """Whether GRADE is below each of its rivals: a word and the numbers. Welch's 95% interval must lie below 0."""
+def _lower(rows: list[Comparison], groups: dict[str, list[Run]]) -> tuple[str, str]:
+    """Whether GRADE is below each of its rivals: a word and the numbers. The 95% interval of the difference must lie below 0."""
     words, texts = [], []
-    mine = list(found.get(GRADE, {}).values())
+    there = {row.b: row for row in rows if row.a == GRADE}
     for rival in RIVALS:
-        theirs = list(found.get(rival, {}).values())
-        if min(len(mine), len(theirs)) < MIN_SEEDS:
-            words.append(UNDECIDED)
-            texts.append(f"{rival}: no test, {len(mine)} seeds of {GRADE} and {len(theirs)} of {rival}")
-            continue
-        difference, low, high, _ = welch(mine, theirs)
-        words.append(parse_bound("< 0").judge(low, high))
-        texts.append(f"{rival} {number(np.mean(theirs))}, difference {number(difference)}, 95% {number(low)} to {number(high)}")
-    text = (f"{GRADE} {number(np.mean(mine))}; " if mine else "") + ", ".join(texts)
-    return next((word for word in (NOT_SUPPORTED, UNDECIDED) if word in words), SUPPORTED), text
+        seeds = tuple(len(groups.get(method, [])) for method in (GRADE, rival))
+        row = there.get(rival) or Comparison(GRADE, rival, seeds, _few(*seeds))
+        words.append(parse_bound("< 0").judge(row.low, row.high))  # undecided where they are NaN
+        numbers = f"{number(row.means[0])} − {number(row.means[1])}, 95% {_between(row)}"
+        texts.append(f"{GRADE} − {rival} {row.note or numbers}")
+    return next((word for word in (NOT_SUPPORTED, UNDECIDED) if word in words), SUPPORTED), ", ".join(texts)
 
 
-def _alike(found: Values) -> tuple[str, str]:
+def _few(a: int, b: int) -> str:
+    return f"no test: {a} and {b} seeds, and it takes {MIN_SEEDS} of each"
+
+
+def _between(row: Comparison) -> str:
+    at = f" at KL {number(row.kl[0])} to {number(row.kl[1])}, {row.pairs} seeds" if row.kl else ""
+    return f"{number(row.low)} to {number(row.high)}{at}"
+
+
+def _alike(rows: list[Comparison], groups: dict[str, list[Run]]) -> tuple[str, str]:
     """Whether all methods are equivalent. Supported where every pair is, by TOST (all of them at once: no correction is needed);
     not supported where some pair differs by more than its margin, Holm-corrected for the pairs."""
-    rows = compare(found, equivalence=True)
     tested = [row for row in rows if math.isfinite(row.p_equivalent)]
-    absent = [title for title in TITLES.values() if len(found.get(title, {})) < MIN_SEEDS]
+    absent = [title for title in TITLES.values() if len(groups.get(title, [])) < MIN_SEEDS]
     lacking = f"fewer than {MIN_SEEDS} seeds of {', '.join(absent)}; " * bool(absent)
     if not tested:
         return UNDECIDED, lacking + "no pair to test"
@@ -192,8 +235,8 @@ def _alike(found: Values) -> tuple[str, str]:
     outside = [f"{row.a} and {row.b}" for row, p in zip(tested, beyond) if p < ALPHA]
     inside = [row for row in tested if row.p_equivalent < ALPHA]
     text = (
-        f"{lacking}{len(inside)} of {len(tested)} pairs equivalent; widest {widest.a} - {widest.b} {number(widest.difference)}, "
-        f"95% {number(widest.low)} to {number(widest.high)}, margin {number(widest.margin)}"
+        f"{lacking}{len(inside)} of {len(rows)} pairs equivalent, {len(rows) - len(tested)} without a test; widest {widest.a} − "
+        f"{widest.b} {number(widest.difference)}, 95% {_between(widest)}, margin {number(widest.margin)}"
     )
     if outside:
         return NOT_SUPPORTED, text + f"; beyond it {', '.join(outside)}"

@@ -1,5 +1,6 @@
 """The estimators' analysis on planted results: measures by hand, verdicts of known effects, and what is missing named."""
 
+import dataclasses
 import json
 import math
 import re
@@ -170,7 +171,7 @@ def test_planted_effects_are_found(tmp_path, capsys, pictures):
                 "7. Tests over seeds", "8. LaTeX")  # fmt: skip
     assert re.findall(r"^## (.+)$", report, re.M) == list(sections)
     tex = [line for line in (out / "estimators.tex").read_text().splitlines() if line.endswith(r"\\")]
-    assert len(tex) == 6 and all(line.count(" & ") == 8 for line in tex) and tex[1].startswith("untrained & 1 & 0.410 & --")
+    assert len(tex) == 6 and all(line.count(" & ") == 7 for line in tex) and tex[1].startswith("untrained & 1 & 0.410 & --")
     assert "None: all runs of a method have one schedule" in report and "SUPPORTED: H1" in capsys.readouterr().out
     assert numbers["targets"]["0.8"] == pytest.approx(0.4 + 0.8 * 0.4, abs=0.01)
 
@@ -197,7 +198,9 @@ def test_what_holds_over_whole_runs_but_not_at_matched_kl_is_undecided(tmp_path)
     numbers, _ = analyse(plant(tmp_path, methods))
     third = numbers["verdicts"][2]
     assert third["verdict"] == UNDECIDED and "(supported)" in third["why"] and "(not supported)" in third["why"]
-    assert third["why"].count("GRADE") >= 2 and numbers["common_kl"] == pytest.approx(2.9, abs=0.3)
+    matched = numbers["comparisons"]["validation reward at matched KL"]
+    first = next(row for row in matched if (row["a"], row["b"]) == ("GRADE", "PPO"))
+    assert first["pairs"] == 5 and first["difference"] < -0.05 and first["kl"] == pytest.approx([2.9, 2.9], abs=0.3)
 
 
 def test_the_first_hypothesis_is_of_measured_variances_and_the_spread_has_no_say(tmp_path):
@@ -262,7 +265,7 @@ def test_missing_methods_are_named_and_nothing_is_claimed_of_them(tmp_path):
     numbers, report = analyse(plant(tmp_path, methods | {"reinforce": CONFIRMED["reinforce"] | {"seeds": (1, 2)}}))
     assert "No run of PPO." in report and words(numbers)[1] == UNDECIDED
     assert "no test: 5 and 2 seeds, and it takes 3 of each" in report
-    assert "PPO: no test, 5 seeds of GRADE and 0 of PPO" in numbers["verdicts"][1]["why"]
+    assert "GRADE − PPO no test: 5 and 0 seeds, and it takes 3 of each" in numbers["verdicts"][1]["why"]
     assert "fewer than 3 seeds of PPO, REINFORCE" in numbers["verdicts"][2]["why"] and words(numbers)[2] == UNDECIDED
 
 
@@ -271,12 +274,35 @@ def test_without_grade_there_is_still_a_report(tmp_path):
     assert words(numbers) == [UNDECIDED] * 5 and "No run of GRADE, GRADE-STE, PPO." in report
 
 
-def test_kl_ranges_that_share_nothing_are_said_to(tmp_path):
+def test_pairs_without_a_common_kl_are_said_to_and_the_others_are_compared(tmp_path):
     methods = CONFIRMED | {"grade": CONFIRMED["grade"] | {"kl": 90.0}}
     numbers, report = analyse(plant(tmp_path, methods))
-    assert numbers["common_kl"] is None and "**The KL ranges share nothing" in report
-    assert words(numbers)[4] == UNDECIDED and "(supported); matched KL: the methods' KL" in numbers["verdicts"][4]["why"]
-    assert "at the common KL" not in report and words(numbers)[3] == SUPPORTED  # a gap is of a run's end alone
+    rows = {(row["a"], row["b"]): row for row in numbers["comparisons"]["validation reward at matched KL"]}
+    assert [row["pairs"] for (a, _), row in rows.items() if a == "GRADE"] == [0] * 3 and rows["PPO", "REINFORCE"]["pairs"] == 5
+    assert report.count("no test: 0 seeds of 5 with a common KL, and it takes 3") == 7  # 3 rows; H2 and H5, 2 rivals each
+    assert words(numbers)[4] == UNDECIDED and "(supported); matched KL: GRADE − PPO no test" in numbers["verdicts"][4]["why"]
+    assert words(numbers)[3] == SUPPORTED  # a gap is of a run's end alone
+
+
+def test_matched_pairs_are_of_one_seed_at_their_own_kl_by_hand():
+    def run(method: str, seed: int, kl: list, reward: list) -> Run:
+        one = curve(val_kl=[0, *kl], val_reward=[0.4, *reward], reward=[0.1, 0.2, 0.1], step=[0, 10, 20])
+        return dataclasses.replace(one, method=method, label=method, seed=seed)
+
+    groups = {
+        "GRADE": [run("GRADE", s, [1, 3], [0.5, 0.5 + s / 10]) for s in (1, 2, 3)] + [run("GRADE", 4, [50, 60], [0.9, 0.9])],
+        "PPO": [run("PPO", s, [2, 4], [0.4, 0.8]) for s in (3, 1, 2, 4)],
+    }
+    [row] = verdicts.compare_matched(groups, verdicts.rewards, equivalence=True)
+    x, y = np.array([0.6, 0.7, 0.8]), np.array([0.6] * 3)  # at KL 3, the least final one; seed 4 has none in common
+    assert (row.pairs, row.kl, row.seeds) == (3, (3, 3), (4, 4)) and row.means == pytest.approx((0.7, 0.6))
+    test = scipy.stats.ttest_rel(x, y)
+    assert (row.difference, row.p_paired, row.low) == pytest.approx((0.1, test.pvalue, test.confidence_interval().low))
+    apart, margin = x - y, 0.05 * (0.7 + 0.6) / 2
+    ways = [scipy.stats.ttest_1samp(apart, end, alternative=way).pvalue for end, way in ((-margin, "greater"), (margin, "less"))]
+    assert row.p_equivalent == pytest.approx(max(ways)) and math.isnan(row.p)
+    [steps] = verdicts.compare_matched(groups, verdicts.steps_to_the_better)  # 80% of the better one's gain at that KL
+    assert steps.means[1] == pytest.approx(np.mean([10 + 10 * (t - 0.4) / 0.4 for t in (0.56, 0.64, 0.72)]))
 
 
 def test_a_threshold_that_is_never_reached_is_counted(tmp_path):
