@@ -747,7 +747,7 @@ rl_grpo.update = killed
 for at, words in json.loads(sys.argv[1]):
     if not (child := os.fork()):  # to import torch takes longer than a run
         os._exit(train_grpo.main(words))
-    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
+    print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -760,7 +760,7 @@ def elsewhere(world, tmp_path_factory) -> Path:
     runs = [(at, flags(world, root / name, eval_routing_steps=3)) for name, at in names.items()]
     line = [sys.executable, "-c", DRIVER, json.dumps(runs)]
     done = subprocess.run(line, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
-    statuses = [int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("status ")]
+    statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status ")]
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0], done.stderr[-2000:]
     return root
 
