@@ -1,4 +1,4 @@
-"""Projection inside the loops, on a small random model: what is removed, from what, where it goes, and that runs repeat."""
+"""Projection inside the loops, on the embedded model: what is removed, from what, where it goes, and that runs repeat."""
 
 import math
 
@@ -12,25 +12,24 @@ from adapters import attach, branch_parameters, preset
 from checkpoints import load_checkpoint, write_checkpoint
 from data import load_tokenizer
 from envs import Labelling, Stories, embedded_prompts
-from model import Decoder, ModelConfig, resolve
+from model import load, read_json
 from projection import WHOLE, agem, null_of, pair_gradients
 from projector import SOURCES
 from reward_specs import get_reward
 from rl_grpo import Config
 
 SMALL = {"batch_size": 8, "num_generations": 4, "max_new_tokens": 24, "lr": 1e-2, "weight_decay": 0.1, "beta": 0.01}
-TOKENIZER = load_tokenizer(resolve("tiny"))
 PROMPTS = {split: texts[:8] for split, texts in embedded_prompts().items()}
 
 
 def trainer_of(lora_config="ds", algorithm=rl_grpo, **settings):
     shared = {name: value for name, value in SMALL.items() if name in algorithm.Config.__dataclass_fields__}
     config = algorithm.Config(**shared | settings)
-    torch.manual_seed(0)
-    model = Decoder(ModelConfig("llama", TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 64, 512, rotary_dim=8))
+    model, folder = load("tiny")
+    tokenizer = load_tokenizer(folder, read_json(folder / "config.json"))
     attach(model, preset(lora_config, config.dual), seed=0)
     env = Stories(get_reward("sentence_length_5_smooth_plus_happy"), PROMPTS, Labelling(0.9))
-    return algorithm.Trainer(model, env, TOKENIZER, config)
+    return algorithm.Trainer(model, env, tokenizer, config)
 
 
 def values(trainer, branch=None) -> dict[str, torch.Tensor]:
