@@ -52,9 +52,14 @@ SAVEFIG = Figure.savefig
 
 @pytest.fixture(scope="session", autouse=True)
 def outlines():
-    """Pictures are put together but not painted, which takes a second and would be half of many a short run."""
+    """Pictures are laid out, text and all, but not painted: that takes a second and would be half of many a short run."""
+
+    def lay_out(figure, path, **_):
+        figure.draw_without_rendering()
+        Path(path).write_bytes(b"not painted")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b"not painted"))
+        patch.setattr(Figure, "savefig", lay_out)
         yield
 
 
