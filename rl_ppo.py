@@ -246,11 +246,6 @@ def hidden_rows(model, rollout: Rollout, rows):
     return model.hidden(ids[:, :-1], mask)[:, width - start - 1 :][valid]  # the state at t - 1 scores token t
 
 
-def allowed_of(rollout: Rollout, rows):
-    """The support (n_valid, V) of the reference's law of the valid tokens of some rows; None: everything."""
-    return None if rollout.allowed is None else rollout.allowed[rows][rollout.mask[rows]]
-
-
 def law_of(model, rollout: Rollout, rows, hidden, law: Law, ref=None):
     """losses.token_law of the valid tokens of some rows."""
     valid = rollout.mask[rows]
@@ -285,7 +280,7 @@ def look(model, value_head, rollout: Rollout, config: Config) -> Experience:
         hidden = hidden_rows(model, rollout, rows)
         with reference(model) as base:
             ref_hidden = hidden_rows(base, rollout, rows)
-            tokens, allowed = rollout.tokens[rows][rollout.mask[rows]], allowed_of(rollout, rows)
+            tokens, allowed = rollout.tokens[rows][rollout.mask[rows]], rollout.allowed_of(rows)
             ref_logprobs = token_logprobs(ref_hidden, base.head_weight, tokens, config.temperature, allowed)
             logprobs, entropy, kl = law_of(model, rollout, rows, hidden, config.law(), (ref_hidden, base.head_weight, allowed))
         parts = (logprobs, ref_logprobs, ref_hidden, entropy, kl, values_of(value_head, hidden))
@@ -320,7 +315,7 @@ def losses_of(model, value_head, rollout: Rollout, seen: Experience, rows, share
     weights, valid, hidden, ref = config.weights(), rollout.mask[rows], hidden_rows(model, rollout, rows), None
     if "kl_loss" in weights:
         with reference(model) as base:
-            ref = seen.ref_hidden[rows][valid], base.head_weight, allowed_of(rollout, rows)
+            ref = seen.ref_hidden[rows][valid], base.head_weight, rollout.allowed_of(rows)
     logprobs, entropy, *kl = law_of(model, rollout, rows, hidden, config.law(), ref)
     old_logprobs, old_values, advantages, returns, token = (
         x[rows][valid] for x in (rollout.logprobs, seen.values, seen.advantages, seen.returns, share)

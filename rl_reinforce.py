@@ -198,11 +198,6 @@ def hidden_rows(model, rollout: Rollout, rows):
     return model.hidden(ids[:, :-1], mask)[:, prompt_mask.shape[1] - 1 :][valid]  # the state at t - 1 scores token t
 
 
-def allowed_of(rollout: Rollout, rows):
-    """The support (n_valid, V) of the reference's law of the valid tokens of some rows; None: everything."""
-    return None if rollout.allowed is None else rollout.allowed[rows][rollout.mask[rows]]
-
-
 def law_of(model, rollout: Rollout, rows, hidden, law: Law, ref=None):
     """losses.token_law of the valid tokens of some rows."""
     valid = rollout.mask[rows]
@@ -216,7 +211,7 @@ def look_at_reference(model, rollout: Rollout, batches, law: Law):
     refs, kl = [], rollout.logprobs.new_zeros(len(rollout.mask))
     with reference(model) as base:
         for rows in batches:
-            hidden, allowed = hidden_rows(base, rollout, rows), allowed_of(rollout, rows)
+            hidden, allowed = hidden_rows(base, rollout, rows), rollout.allowed_of(rows)
             refs.append((hidden, base.head_weight, allowed))
             valid = rollout.mask[rows]
             tokens = rollout.tokens[rows][valid]

@@ -116,6 +116,10 @@ class Rollout:
     finished: torch.Tensor  # (N,) bool: ended by a stop token, not by the length cap
     allowed: torch.Tensor | None = None  # (N, T, V) bool, Law.allowed: the support of a reference's law; None: everything
 
+    def allowed_of(self, rows) -> torch.Tensor | None:
+        """The support (n_valid, V) of a reference's law of the valid tokens of some rows; None: everything."""
+        return None if self.allowed is None else self.allowed[rows][self.mask[rows]]
+
     def rows(self, index) -> "Rollout":
         """Some of its completions; `index` (n,) long or (N,) bool."""
         return Rollout(*(None if value is None else value[index] for value in vars(self).values()))

@@ -79,8 +79,8 @@ def score_tokens(model, rollout, temperature: float, rows: int = 32) -> torch.Te
         padded = mask if not bool(rollout.prompt_mask[part].all()) else None
         hidden = model.hidden(ids[:, :-1], None if padded is None else mask[:, :-1])[:, length - 1 :]  # t-1 scores t
         valid = rollout.mask[part]
-        allowed = None if rollout.allowed is None else rollout.allowed[part][valid]
-        out[part][valid] = token_logprobs(hidden[valid], model.head_weight, rollout.tokens[part][valid], temperature, allowed)
+        tokens, allowed = rollout.tokens[part][valid], rollout.allowed_of(part)
+        out[part][valid] = token_logprobs(hidden[valid], model.head_weight, tokens, temperature, allowed)
     return out
 
 
